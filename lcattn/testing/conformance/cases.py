@@ -11,7 +11,7 @@ import numpy as np
 from lcattn.nn import MixerConfig
 
 Sizes = Mapping[str, int]
-Inputs = Mapping[str, np.ndarray]
+Inputs = Mapping[str, Any]  # NumPy or JAX arrays by name
 
 _SIZES = {"B": 2, "N": 4, "K": 2, "H": 8, "D": 6}
 _VALUE_TOLERANCE = {"float64": 1e-12, "float32": 5e-6, "bfloat16": 5e-3, "float16": 1e-3}
@@ -42,6 +42,7 @@ class OpCase:
       chunk: a length at which the computation changes its course; lengths around it are tried.
       widest_dtype: "float64", or "float32" for kernels that know no wider one. Values and
         gradients are compared in it.
+      is_variant: options of an op whose sizes, dtypes and transformations another case checks.
       value_tolerance, gradient_tolerance: largest relative RMS error by dtype.
     """
 
@@ -62,6 +63,7 @@ class OpCase:
     stateful: bool = False
     chunk: int = 8
     widest_dtype: str = "float64"
+    is_variant: bool = False
     value_tolerance: Mapping[str, float] = dataclasses.field(
         default_factory=lambda: _VALUE_TOLERANCE
     )

@@ -41,7 +41,15 @@ def _blocks_case(name: str, **fields) -> OpCase:
     return dataclasses.replace(case, op=_with_log_sum_exp, oracle=oracle, sizes=sizes)
 
 
-def _linear_case(name: str, weight, *, normalize: bool = True, **options) -> OpCase:
+def _linear_case(
+    name: str,
+    weight,
+    *,
+    normalize: bool = True,
+    bidirectional: bool = False,
+    is_variant: bool = False,
+    **options,
+) -> OpCase:
     return OpCase(
         name=f"linear_attention[{name}]",
         op=ops.linear_attention,
@@ -49,12 +57,13 @@ def _linear_case(name: str, weight, *, normalize: bool = True, **options) -> OpC
         inputs={"q": "B T N F", "k": "B T K F", "v": "B T K H"},
         sizes={"F": 4},
         options={"normalize": normalize, **options},
-        bidirectional=True,
+        bidirectional=bidirectional,
         stateful=True,
+        is_variant=is_variant,
     )
 
 
-def _convolution_case(taps: int) -> OpCase:
+def _convolution_case(taps: int, *, is_variant: bool = False) -> OpCase:
     return OpCase(
         name=f"short_convolution[taps={taps}]",
         op=ops.short_convolution,
@@ -63,6 +72,7 @@ def _convolution_case(taps: int) -> OpCase:
         output="B T D",
         sizes={"W": taps},
         stateful=True,
+        is_variant=is_variant,
     )
 
 
@@ -76,18 +86,25 @@ _square = oracles.feature_weight(_square_plus)
 
 OPS: tuple[OpCase, ...] = (
     _softmax_case("full"),
-    _softmax_case("window=5", options={"window": 5}),
-    _softmax_case("alibi", alibi=True),
+    _softmax_case("window=5", options={"window": 5}, is_variant=True),
+    _softmax_case("alibi", alibi=True, is_variant=True),
     _blocks_case("lse"),
-    _blocks_case("lse,window=100,alibi", alibi=True, options={"window": 100}),
-    _linear_case("taylor", oracles.taylor),
-    _linear_case("taylor,chunk=8", oracles.taylor, chunk_size=8),
-    _linear_case("taylor,sums,chunk=8", oracles.taylor, chunk_size=8, normalize=False),
-    _linear_case("elu,chunk=8", _elu, feature_map="elu", chunk_size=8),
+    _blocks_case("lse,window=100,alibi", alibi=True, options={"window": 100}, is_variant=True),
+    _linear_case("taylor", oracles.taylor, is_variant=True),
+    _linear_case("taylor,chunk=8", oracles.taylor, chunk_size=8, bidirectional=True),
     _linear_case(
-        "identity,chunk=8", _identity, feature_map="identity", chunk_size=8, normalize=False
+        "taylor,sums,chunk=8", oracles.taylor, chunk_size=8, normalize=False, is_variant=True
     ),
-    _linear_case("callable,chunk=8", _square, feature_map=_square_plus, chunk_size=8),
-    _convolution_case(1),
+    _linear_case(
+        "elu,chunk=8", _elu, feature_map="elu", chunk_size=8, bidirectional=True, is_variant=True
+    ),
+    _linear_case(
+        "identity,chunk=8", _identity,
+        feature_map="identity", chunk_size=8, normalize=False, is_variant=True,
+    ),
+    _linear_case(
+        "callable,chunk=8", _square, feature_map=_square_plus, chunk_size=8, is_variant=True
+    ),
+    _convolution_case(1, is_variant=True),
     _convolution_case(4),
-)
+)  # fmt: skip

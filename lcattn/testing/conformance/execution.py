@@ -1,7 +1,7 @@
 """Running a case: one compiled program gives outputs and gradients to every check."""
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -34,16 +34,24 @@ def execute(
     """
     dtype = dtype or case.widest_dtype
     with jax.enable_x64(dtype == "float64"):
-        arrays = {name: jnp.asarray(x, dtype) for name, x in inputs.items()}
         if cotangent is None:
             cotangent = make_cotangent(case, inputs)
-        run = _program(case, implementation, causal)
-        out, gradients = run(arrays, as_ids(segment_ids), jnp.asarray(cotangent, dtype))
+        out, gradients = program(case, implementation, causal)(
+            cast(inputs, dtype), as_ids(segment_ids), jnp.asarray(cotangent, dtype)
+        )
         return Result(np.asarray(out), {k: np.asarray(g) for k, g in gradients.items()})
 
 
+def evaluate(case: OpCase, implementation: str | None, inputs: Inputs) -> np.ndarray:
+    """Outputs only, in the widest dtype: quicker to compile."""
+    with jax.enable_x64(case.widest_dtype == "float64"):
+        return np.asarray(_forward(case, implementation)(cast(inputs, case.widest_dtype)))
+
+
 @functools.cache
-def _program(case: OpCase, implementation: str | None, causal: bool):
+def program(case: OpCase, implementation: str | None, causal: bool = True) -> Callable[..., Any]:
+    """The jitted `(inputs, segment_ids, cotangent) -> (out, gradients)`."""
+
     @jax.jit
     def run(inputs, segment_ids, cotangent):
         with jax.default_matmul_precision("highest"):
@@ -56,6 +64,21 @@ def _program(case: OpCase, implementation: str | None, causal: bool):
             )
 
     return run
+
+
+@functools.cache
+def _forward(case: OpCase, implementation: str | None) -> Callable[..., Any]:
+    @jax.jit
+    def run(inputs):
+        with jax.default_matmul_precision("highest"):
+            return case(inputs, implementation=implementation)
+
+    return run
+
+
+def cast(inputs: Inputs, dtype: str) -> dict[str, jax.Array]:
+    """JAX arrays of a dtype."""
+    return {name: jnp.asarray(x, dtype) for name, x in inputs.items()}
 
 
 def value_and_gradients(function: Any, inputs: Any, cotangent: Any) -> tuple[Any, Any]:
@@ -93,7 +116,7 @@ def padded(sizes: Sizes) -> np.ndarray:
     return ids
 
 
-def along(case: OpCase, inputs: Inputs, letter: str, where: Any) -> dict[str, np.ndarray]:
+def along(case: OpCase, inputs: Inputs, letter: str, where: Any) -> dict[str, Any]:
     """Every input that has an axis, indexed along it."""
     cut = dict(inputs)
     for name, x in inputs.items():

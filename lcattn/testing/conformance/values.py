@@ -5,16 +5,20 @@ import numpy as np
 
 from lcattn.testing.conformance.cases import OpCase, Sizes
 from lcattn.testing.conformance.compare import assert_close, assert_finite
-from lcattn.testing.conformance.execution import execute, make_cotangent, padded, repeated
+from lcattn.testing.conformance.execution import (
+    evaluate,
+    execute,
+    make_cotangent,
+    padded,
+    repeated,
+)
 
 
-def check_values(
-    case: OpCase, implementation: str | None, sizes: Sizes, *, causal: bool = True
-) -> None:
-    """Outputs equal a loop over tokens."""
+def check_values(case: OpCase, implementation: str | None, sizes: Sizes) -> None:
+    """Outputs equal the oracle's."""
     inputs = case.make_inputs(sizes)
-    out = execute(case, implementation, inputs, causal=causal).out
-    expected = case.oracle(inputs, None, causal=causal)
+    out = evaluate(case, implementation, inputs)
+    expected = case.oracle(inputs, None, causal=True)
     assert_close("output", out, expected, case.value_tolerance[case.widest_dtype])
 
 
@@ -26,10 +30,15 @@ def check_gradients(
     causal: bool = True,
     packed: bool = False,
 ) -> None:
-    """Gradients of all inputs equal those of the plainest implementation, and they the oracle's."""
+    """Outputs equal the oracle's, all gradients the plainest implementation's.
+
+    The gradients of the plainest one are held against finite differences of the oracle.
+    """
     inputs = case.make_inputs(sizes)
     ids = padded(sizes) if packed else None
     result = execute(case, implementation, inputs, segment_ids=ids, causal=causal)
+    expected = case.oracle(inputs, ids, causal=causal)
+    assert_close("output", result.out, expected, case.value_tolerance[case.widest_dtype])
     plainest = case.implementations[0]
     if implementation != plainest:
         expected = execute(case, plainest, inputs, segment_ids=ids, causal=causal).gradients
