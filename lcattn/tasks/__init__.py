@@ -15,7 +15,7 @@ from lcattn.tasks.metrics import accuracy, bits_per_byte
 from lcattn.tasks.mqar import MQAR, PAPER_TEST, PAPER_TRAIN, MQARConfig
 from lcattn.tasks.ngram import NGramModel
 from lcattn.tasks.packing import PackedText, Packing, pack
-from lcattn.tasks.pipeline import BatchIterator, Batches, DataConfig, Records, Source
+from lcattn.tasks.pipeline import Batches, BatchIterator, DataConfig, Records, Source
 from lcattn.tasks.task import MQARTask, MQARTaskConfig, Task, TextTask, TextTaskConfig
 from lcattn.tasks.text import ByteTokenizer, Documents, TextFolderConfig, standard_library
 

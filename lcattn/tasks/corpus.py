@@ -44,21 +44,22 @@ class CorpusConfig(Config):
             raise argument_error("split", "'train' or 'heldout'", repr(split))
         try:
             builder = tfds.builder(self.name, data_dir=self.data_dir, file_format="array_record")
-        except tfds.core.DatasetNotFoundError:
-            raise self.error(
-                "name", f"a data set of tensorflow-datasets, or one in data_dir={self.data_dir!r}"
-            ) from None
+        except ValueError as error:
+            known = f"a data set of tensorflow-datasets, or one in data_dir={self.data_dir!r}"
+            raise self.error("name", f"{known} ({_first_line(error)})") from None
         if self.text_key not in builder.info.features:
             raise self.error("text_key", f"one of the features {list(builder.info.features)}")
         if self.download:
             _download(builder)
         field = f"{split}_split"
         try:
-            records = builder.as_data_source(split=getattr(self, field))
+            records: Any = builder.as_data_source(split=getattr(self, field))
         except KeyError:  # what tensorflow-datasets raises where no split was generated
             raise RuntimeError(
-                f"corpus {self.name!r} is not prepared in {builder.data_dir}; on a machine with a "
-                f"network run CorpusConfig(name={self.name!r}, download=True).make('train')"
+                f"corpus {self.name!r} is not prepared in {builder.data_dir}; where there is a "
+                f"network, run: from lcattn.tasks import CorpusConfig; "
+                f"CorpusConfig(name={self.name!r}, data_dir={self.data_dir!r}, "
+                f"text_key={self.text_key!r}, download=True).make('train')"
             ) from None
         except NotImplementedError:
             raise RuntimeError(
@@ -78,5 +79,9 @@ def _download(builder: Any) -> None:
     except Exception as error:
         raise RuntimeError(
             f"corpus {builder.name!r} could not be downloaded and prepared in {builder.data_dir}: "
-            f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+            f"{type(error).__name__}: {_first_line(error)}"
         ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]

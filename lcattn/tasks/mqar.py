@@ -28,6 +28,7 @@ import dataclasses
 import hashlib
 import json
 import zlib
+from typing import override
 
 import numpy as np
 
@@ -59,6 +60,7 @@ class MQARConfig(Config):
     random_fillers: bool = True
     seed: int = 0
 
+    @override
     def validate(self) -> None:
         self.require_positive("length", "num_pairs", "num_examples", "power")
         if self.seed < 0:

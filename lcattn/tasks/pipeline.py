@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import hashlib
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, overload, override
 
 import jax
 import numpy as np
@@ -90,6 +90,7 @@ class DataConfig(Config):
     num_threads: int = 1
     prefetch: int = 2
 
+    @override
     def validate(self) -> None:
         self.require_positive("batch_size", "num_epochs", "shard_count", "prefetch")
         if not 0 <= self.seed < 2**32:
@@ -178,19 +179,24 @@ class Batches(Sequence[Batch]):
       fingerprint: equal for sequences of equal batches, whatever the number of passes or processes.
     """
 
-    def __init__(self, dataset: "grain.MapDataset[Batch]", fingerprint: str):
+    def __init__(self, dataset: "grain.MapDataset", fingerprint: str):
         self.dataset = dataset
         self.fingerprint = fingerprint
 
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, index):
+    @overload
+    def __getitem__(self, index: int) -> Batch: ...
+    @overload
+    def __getitem__(self, index: slice) -> "Batches": ...
+    def __getitem__(self, index: int | slice) -> "Batch | Batches":
         if isinstance(index, slice):
             return Batches(self.dataset[index], self.fingerprint)
         if not -len(self) <= index < len(self):
             raise IndexError(f"batch {index} of {len(self)}")
-        return self.dataset[index % len(self)]
+        batch: Any = self.dataset[index % len(self)]
+        return batch
 
 
 class BatchIterator(Iterator[Batch]):

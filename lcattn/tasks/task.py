@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, override
 
 from lcattn.config import Config
 from lcattn.tasks import mqar
@@ -55,9 +55,12 @@ class MQARTaskConfig(Config):
 
     train: tuple[MQARConfig, ...] = mqar.PAPER_TRAIN
     evaluation: tuple[MQARConfig, ...] = mqar.PAPER_TEST
-    data: DataConfig = DataConfig(batch_size=256, shuffle=False)
+    data: DataConfig = dataclasses.field(
+        default_factory=lambda: DataConfig(batch_size=256, shuffle=False)
+    )
     eval_batch_size: int | None = None
 
+    @override
     def validate(self) -> None:
         self.require_positive("eval_batch_size")
         if not self.train:
@@ -111,10 +114,11 @@ class TextTaskConfig(Config):
 
     corpus: TextFolderConfig | CorpusConfig
     length: int = 1024
-    data: DataConfig = DataConfig()
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
     eval_batch_size: int | None = None
     max_eval_batches: int | None = None
 
+    @override
     def validate(self) -> None:
         self.require_positive("length", "eval_batch_size", "max_eval_batches")
 

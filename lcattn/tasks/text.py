@@ -8,6 +8,7 @@ import pathlib
 import sysconfig
 import warnings
 from collections.abc import Iterable, Sequence
+from typing import overload, override
 
 import numpy as np
 
@@ -61,7 +62,11 @@ class Documents(Sequence[np.ndarray]):
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
-    def __getitem__(self, index):
+    @overload
+    def __getitem__(self, index: int) -> np.ndarray: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[np.ndarray]: ...
+    def __getitem__(self, index: int | slice) -> np.ndarray | list[np.ndarray]:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         if not -len(self) <= index < len(self):
@@ -103,6 +108,7 @@ class TextFolderConfig(Config):
     seed: int = 0
     encoding: str | None = None
 
+    @override
     def validate(self) -> None:
         if not 0 < self.heldout_fraction < 1:
             raise self.error("heldout_fraction", "a value between 0 and 1")

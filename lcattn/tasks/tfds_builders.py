@@ -27,14 +27,16 @@ type _Examples = Iterator[tuple[Any, dict[str, Any]]]
 class _ArrayRecordBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     """Stores `array_record`, and gives every split its own generator."""
 
-    def __init__(self, *, file_format: str = "array_record", **kwargs: Any):
-        super().__init__(file_format=file_format, **kwargs)
+    def __init__(self, *, config: Any = None, file_format: str = "array_record", **kwargs: Any):
+        if config is None:
+            raise argument_error(f"{type(self).__name__}.config", "a builder config", None)
+        super().__init__(config=config, file_format=file_format, **kwargs)
 
     def _generate_examples(self, *args: Any, **kwargs: Any) -> _Examples:
         raise NotImplementedError("the splits bring their own generators")
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(kw_only=True)
 class MQARBuilderConfig(tfds.core.BuilderConfig):
     """A named MQAR data set.
 
@@ -43,7 +45,7 @@ class MQARBuilderConfig(tfds.core.BuilderConfig):
       num_test_examples: rows of the split `test`.
     """
 
-    mqar: MQARConfig = MQARConfig(length=64, num_pairs=4)
+    mqar: MQARConfig
     num_test_examples: int = 1000
 
 
@@ -81,7 +83,7 @@ def _rows(config: MQARConfig, split: str) -> _Examples:
             yield index, {key: array[row] for key, array in batch.items()}
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(kw_only=True)
 class TextFolderBuilderConfig(tfds.core.BuilderConfig):
     """A named folder of text files.
 
@@ -89,7 +91,7 @@ class TextFolderBuilderConfig(tfds.core.BuilderConfig):
       folder: which files, and how they are split.
     """
 
-    folder: TextFolderConfig | None = None
+    folder: TextFolderConfig
 
 
 class LcattnTextFolder(_ArrayRecordBuilder):
@@ -108,8 +110,6 @@ class LcattnTextFolder(_ArrayRecordBuilder):
 
     def _split_generators(self, dl_manager: Any) -> dict[str, _Examples]:
         folder = self.builder_config.folder
-        if folder is None:
-            raise argument_error("TextFolderBuilderConfig.folder", "a TextFolderConfig", None)
         return {split: _files(folder, split) for split in ("train", "heldout")}
 
 
