@@ -48,7 +48,7 @@ class CorpusConfig(Config):
             known = f"a data set of tensorflow-datasets, or one in data_dir={self.data_dir!r}"
             raise self.error("name", f"{known} ({_first_line(error)})") from None
         if self.text_key not in builder.info.features:
-            raise self.error("text_key", f"one of the features {list(builder.info.features)}")
+            raise self.error("text_key", f"one of the features {sorted(builder.info.features)}")
         if self.download:
             _download(builder)
         field = f"{split}_split"

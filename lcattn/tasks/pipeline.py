@@ -9,8 +9,8 @@ of the same global batch.
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Protocol, overload, override
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol, overload, override, runtime_checkable
 
 import jax
 import numpy as np
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     import grain  # imported where it is used: it takes a second, and generators do not need it
 
 
+@runtime_checkable
 class Source(Protocol):
     """A data set with random access to its rows."""
 
@@ -49,7 +50,7 @@ class Records:
       name: of the data, its version and split included; it stands for the rows in `fingerprint`.
     """
 
-    def __init__(self, records: Sequence[dict[str, np.ndarray]], name: str):
+    def __init__(self, records: Sequence[Mapping[str, Any]], name: str):
         self.records = records
         self.fingerprint = name
 
@@ -229,7 +230,7 @@ class BatchIterator(Iterator[Batch]):
             of a text folder changed, say), another batch size or another shuffling seed.
         """
         step, data = state.get("next_batch"), state.get("data")
-        if not (isinstance(step, int) and 0 <= step <= self._length):
+        if not (type(step) is int and 0 <= step <= self._length):
             raise argument_error("state['next_batch']", f"an int in [0, {self._length}]", step)
         if data != self._fingerprint:
             raise argument_error(

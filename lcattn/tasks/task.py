@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Protocol, override
+from typing import Protocol, override, runtime_checkable
 
 from lcattn.config import Config
 from lcattn.tasks import mqar
@@ -14,6 +14,7 @@ from lcattn.tasks.pipeline import BatchIterator, DataConfig
 from lcattn.tasks.text import ByteTokenizer, Documents, TextFolderConfig
 
 
+@runtime_checkable
 class Task(Protocol):
     """Batches to train on, batches to be judged by, and what is measured on them.
 

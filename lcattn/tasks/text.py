@@ -1,14 +1,16 @@
 """Text as bytes: the tokenizer, documents in memory, and folders of files as a corpus."""
 
+import codecs
 import dataclasses
 import fnmatch
 import functools
 import hashlib
+import operator
 import pathlib
 import sysconfig
 import warnings
 from collections.abc import Iterable, Sequence
-from typing import overload, override
+from typing import SupportsIndex, overload, override
 
 import numpy as np
 
@@ -34,9 +36,9 @@ class ByteTokenizer:
         ids = np.frombuffer(data, np.uint8).astype(np.int32)
         return np.concatenate([np.array([self.bos], np.int32), ids]) if bos else ids
 
-    def decode(self, ids: Iterable[int]) -> str:
+    def decode(self, ids: Iterable[SupportsIndex]) -> str:
         """The text of token ids. `bos` is left out; broken UTF-8 becomes U+FFFD."""
-        return bytes(int(i) for i in ids if i != self.bos).decode(errors="replace")
+        return bytes(i for i in map(operator.index, ids) if i != self.bos).decode(errors="replace")
 
 
 class Documents(Sequence[np.ndarray]):
@@ -63,16 +65,17 @@ class Documents(Sequence[np.ndarray]):
         return len(self.offsets) - 1
 
     @overload
-    def __getitem__(self, index: int) -> np.ndarray: ...
+    def __getitem__(self, index: SupportsIndex) -> np.ndarray: ...
     @overload
     def __getitem__(self, index: slice) -> list[np.ndarray]: ...
-    def __getitem__(self, index: int | slice) -> np.ndarray | list[np.ndarray]:
+    def __getitem__(self, index: SupportsIndex | slice) -> np.ndarray | list[np.ndarray]:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"document {index} of {len(self)}")
-        index %= len(self)
-        return self.data[self.offsets[index] : self.offsets[index + 1]]
+        position = operator.index(index)
+        if not -len(self) <= position < len(self):
+            raise IndexError(f"document {position} of {len(self)}")
+        position %= len(self)
+        return self.data[self.offsets[position] : self.offsets[position + 1]]
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -116,7 +119,7 @@ class TextFolderConfig(Config):
             raise self.error("pattern", "a glob pattern relative to the folder")
         if self.encoding is not None:
             try:
-                b"".decode(self.encoding)
+                codecs.lookup(self.encoding)
             except LookupError:
                 raise self.error("encoding", "None or the name of a text encoding") from None
 

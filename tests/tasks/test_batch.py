@@ -18,7 +18,7 @@ def test_batches_of_every_source_pass(batch):
 @pytest.mark.parametrize(
     ("key", "change", "message"),
     [
-        ("segment_ids", lambda x: x[:, ::-1], "batch\\['segment_ids'\\].*do not decrease.*after"),
+        ("segment_ids", lambda x: x[:, ::-1], r"batch\['segment_ids'\].*do not decrease.*after"),
         ("segment_ids", lambda x: x[:, :-1], r"segment_ids.*shaped like the tokens \(2, 6\)"),
         ("segment_ids", lambda x: x.astype(np.float32), "segment_ids.*integer, .* got float32"),
         ("segment_ids", lambda x: x * 0 - 1, "weights.*0 on padding"),
@@ -37,7 +37,7 @@ def test_a_wrong_array_is_named(batch, key, change, message):
 
 
 def test_missing_and_unknown_keys_are_named(batch):
-    with pytest.raises(ValueError, match="'weights'.*got 'tokens', 'targets'$"):
+    with pytest.raises(ValueError, match=r"'weights'.*got 'tokens', 'targets'$"):
         check_batch({key: batch[key] for key in ("tokens", "targets")})
     with pytest.raises(ValueError, match="'labels'"):
         check_batch({**batch, "labels": batch["targets"]})

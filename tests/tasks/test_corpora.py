@@ -85,7 +85,7 @@ def test_published_corpora_load_by_name(name, text_key, tmp_path):
     [
         ({"name": "no_such_corpus"}, r"name: .*Dataset no_such_corpus not found.*'no_such_corpus'"),
         ({"name": "lcattn_text_folder/other"}, "name: .*BuilderConfig other not found"),
-        ({"text_key": "body"}, r"text_key: expected one of the features \['text', 'path'\]"),
+        ({"text_key": "body"}, r"text_key: expected one of the features \['path', 'text'\]"),
         ({"heldout_split": "test"}, "heldout_split: .*Unknown split 'test'.*, got 'test'"),
     ],
 )
@@ -109,7 +109,7 @@ def test_a_failed_download_is_one_line(tmp_path, monkeypatch):
 
     monkeypatch.setattr(tfds.core.DatasetBuilder, "download_and_prepare", fail)
     corpus = CorpusConfig(name="lm1b", data_dir=str(tmp_path), download=True)
-    with pytest.raises(RuntimeError, match="could not be downloaded.*: no route to host$"):
+    with pytest.raises(RuntimeError, match=r"could not be downloaded.*: no route to host$"):
         corpus.make("train")
 
 

@@ -23,7 +23,7 @@ def test_tokenizer_round_trip():
     assert ids.dtype == np.int32
     assert tokenizer.decode(ids) == "naïve ∑"
     np.testing.assert_array_equal(tokenizer.encode(b"\xff\x00", bos=False), [255, 0])
-    assert tokenizer.decode([255, 65, 256]) == "�A"  # noqa: RUF001
+    assert tokenizer.decode([255, 65, 256]) == "�A"
 
 
 def test_documents_are_a_sequence():
@@ -35,7 +35,7 @@ def test_documents_are_a_sequence():
         documents[3]
     with pytest.raises(ValueError, match="names: expected 1 names, got 2"):
         Documents(["a"], names=["x", "y"])
-    assert documents.fingerprint != Documents([b"abç".decode("latin1")]).fingerprint
+    assert documents.fingerprint != Documents([b"ab", "d", b""]).fingerprint
     assert Documents([b"ab", b"c"]).fingerprint != Documents([b"a", b"bc"]).fingerprint
 
 
