@@ -193,7 +193,8 @@ class Batches(Sequence[Batch]):
     def __getitem__(self, index: slice) -> "Batches": ...
     def __getitem__(self, index: int | slice) -> "Batch | Batches":
         if isinstance(index, slice):
-            return Batches(self.dataset[index], self.fingerprint)
+            part = f"{index.start}:{index.stop}:{index.step}"
+            return Batches(self.dataset[index], f"{self.fingerprint}[{part}]")
         if not -len(self) <= index < len(self):
             raise IndexError(f"batch {index} of {len(self)}")
         batch: Any = self.dataset[index % len(self)]
