@@ -11,7 +11,7 @@ import sys
 import types
 import typing
 from collections.abc import Mapping
-from typing import Any, Self
+from typing import Any
 
 from beartype.door import is_bearable
 
@@ -45,7 +45,9 @@ class Config:
 
     def error(self, field: str, expected: str) -> ValueError:
         """The error for a field of this config whose value does not fit."""
-        return argument_error(f"{type(self).__name__}.{field}", expected, repr(getattr(self, field)))
+        return argument_error(
+            f"{type(self).__name__}.{field}", expected, repr(getattr(self, field))
+        )
 
     def require_positive(self, *fields: str) -> None:
         """Raises unless each named field is None or greater than zero."""
@@ -54,7 +56,7 @@ class Config:
             if value is not None and not value > 0:
                 raise self.error(field, "a value greater than 0")
 
-    def replace(self, **changes: Any) -> Self:
+    def replace[C: "Config"](self: C, **changes: Any) -> C:
         """A copy with some fields changed, validated again."""
         return dataclasses.replace(self, **changes)
 

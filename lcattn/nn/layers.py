@@ -5,7 +5,7 @@ training room maps them to the axes of a device mesh (`lcattn.training.mesh`).
 """
 
 import dataclasses
-from typing import Any, Self
+from typing import Any, override
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +33,7 @@ class LayerConfig(Config):
     init_std: float | None = None
     output_init_std: float | None = None
 
+    @override
     def validate(self) -> None:
         self.require_positive("width", "init_std", "output_init_std")
         for field in ("dtype", "param_dtype"):
@@ -40,9 +41,11 @@ class LayerConfig(Config):
             if value is not None and not _is_float_dtype(value):
                 raise self.error(field, "the name of a floating-point dtype")
 
-    def inherit(self, parent: "LayerConfig") -> Self:
+    def inherit[C: "LayerConfig"](self: C, parent: "LayerConfig") -> C:
         """A copy in which each field that is None takes the parent's value."""
-        fields: dict[str, Any] = {f.name: getattr(parent, f.name) for f in dataclasses.fields(LayerConfig)}
+        fields: dict[str, Any] = {
+            f.name: getattr(parent, f.name) for f in dataclasses.fields(LayerConfig)
+        }
         return self.replace(**{k: v for k, v in fields.items() if getattr(self, k) is None})
 
     def require_width(self) -> int:
