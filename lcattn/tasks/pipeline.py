@@ -20,7 +20,8 @@ from lcattn.errors import argument_error
 from lcattn.tasks.batch import Batch
 
 if TYPE_CHECKING:
-    import grain  # imported where it is used: it takes a second, and generators do not need it
+    # Imported where it is used: it takes a second, and making or counting text does not need it.
+    import grain
 
 
 @runtime_checkable
