@@ -67,5 +67,7 @@ def default_platform() -> str:
     """Where a computation traced now would run: "cpu", "gpu" or "tpu"."""
     device = jax.config.jax_default_device
     if device is None:
-        return jax.default_backend()
-    return device if isinstance(device, str) else device.platform
+        name = jax.default_backend()
+    else:
+        name = device if isinstance(device, str) else device.platform
+    return {"cuda": "gpu", "rocm": "gpu"}.get(name, name)
