@@ -64,10 +64,10 @@ def choose(
 
 
 def default_platform() -> str:
-    """Where a computation traced now would run: "cpu", "gpu" or "tpu"."""
+    """Where a computation traced now would run: "gpu", "tpu", or "cpu" for anything else."""
     device = jax.config.jax_default_device
     if device is None:
         name = jax.default_backend()
     else:
         name = device if isinstance(device, str) else device.platform
-    return {"cuda": "gpu", "rocm": "gpu"}.get(name, name)
+    return {"gpu": "gpu", "cuda": "gpu", "rocm": "gpu", "tpu": "tpu"}.get(name, "cpu")
