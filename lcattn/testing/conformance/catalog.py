@@ -5,9 +5,9 @@ import functools
 
 import jax.numpy as jnp
 
-from lcattn import ops
+from lcattn import nn, ops
 from lcattn.testing.conformance import oracles
-from lcattn.testing.conformance.cases import OpCase
+from lcattn.testing.conformance.cases import MixerCase, OpCase
 
 _QKV = {"q": "B T N H", "k": "B T K H", "v": "B T K H"}
 
@@ -108,3 +108,34 @@ OPS: tuple[OpCase, ...] = (
     _convolution_case(1, is_variant=True),
     _convolution_case(4),
 )  # fmt: skip
+
+
+def _softmax_mixer(name: str, **fields) -> MixerCase:
+    config = nn.SoftmaxAttentionConfig(width=16, num_heads=4, **fields)
+    return MixerCase(name=f"SoftmaxAttention[{name}]", config=config)
+
+
+def _linear_mixer(name: str, **fields) -> MixerCase:
+    config = nn.LinearAttentionConfig(width=16, num_heads=4, feature_dim=4, **fields)
+    return MixerCase(name=f"LinearAttention[{name}]", config=config)
+
+
+def _convolution_mixer(taps: int) -> MixerCase:
+    config = nn.ShortConvolutionConfig(width=16, kernel_size=taps)
+    return MixerCase(name=f"ShortConvolution[taps={taps}]", config=config, chunk=max(2, taps))
+
+
+MIXERS: tuple[MixerCase, ...] = (
+    _softmax_mixer("rope"),
+    _softmax_mixer("grouped,qk_norm,rope_size=2", num_kv_heads=2, qk_norm=True, rope_size=2),
+    _softmax_mixer("alibi", position_encoding="alibi"),
+    _softmax_mixer("window=8", window=8),
+    _softmax_mixer("window=8,alibi,grouped", window=8, position_encoding="alibi", num_kv_heads=1),
+    _softmax_mixer("window=1,nope", window=1, position_encoding="nope"),
+    _linear_mixer("taylor"),
+    _linear_mixer("taylor,chunk=8,grouped", chunk_size=8, num_kv_heads=2),
+    _linear_mixer("elu", feature_map="elu", chunk_size=8),
+    _linear_mixer("identity,norm", feature_map="identity", chunk_size=8),
+    _convolution_mixer(1),
+    _convolution_mixer(3),
+)
