@@ -1,0 +1,110 @@
+"""Checks that every op makes of its arrays, with errors that name the argument.
+
+Shapes and dtypes are known while tracing, so these checks cost nothing in a compiled program.
+Values are checked only where they are concrete: `jit` cannot raise.
+"""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lcattn.errors import argument_error
+from lcattn.typing import Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """Axis sizes of one call, in the alphabet of `lcattn.typing`."""
+
+    B: int
+    T: int
+    S: int
+    N: int
+    K: int
+    F: int
+    H: int
+
+    @property
+    def groups(self) -> int:
+        """Query heads that share one key/value head."""
+        return self.N // self.K
+
+
+def check_heads(q: Array, k: Array, v: Array, segment_ids: Array | None = None) -> Sizes:
+    """Checks queries `[B,T,N,F]`, keys `[B,S,K,F]` and values `[B,S,K,H]` against each other.
+
+    Raises:
+      ValueError: naming the first argument that does not fit, what was expected and what came.
+    """
+    for name, array, axes in (("q", q, "[B,T,N,F]"), ("k", k, "[B,S,K,F]"), ("v", v, "[B,S,K,H]")):
+        if array.ndim != 4:
+            raise argument_error(name, f"4 axes {axes}", f"shape {array.shape}")
+        if not jnp.issubdtype(array.dtype, jnp.floating):
+            raise argument_error(name, "a floating-point dtype", array.dtype)
+        if 0 in array.shape[1:]:
+            raise argument_error(name, f"no empty axis in {axes} but B", f"shape {array.shape}")
+    for name, array in (("k", k), ("v", v)):
+        if array.dtype != q.dtype:
+            raise argument_error(name, f"the dtype of q, {q.dtype}", array.dtype)
+    (B, T, N, F), (S, K), H = q.shape, k.shape[1:3], v.shape[3]
+    if k.shape != (B, S, K, F):
+        raise argument_error("k", f"B={B} and F={F} as in q {q.shape}", f"shape {k.shape}")
+    if v.shape != (B, S, K, H):
+        raise argument_error("v", f"B, S, K = {(B, S, K)} as in k", f"shape {v.shape}")
+    if N % K:
+        raise argument_error("k", f"a number of heads K that divides the N={N} of q", f"K={K}")
+    if segment_ids is not None:
+        if T != S:
+            raise argument_error("segment_ids", "as many queries as keys", f"T={T}, S={S}")
+        check_segment_ids(segment_ids, (B, T))
+    return Sizes(B=B, T=T, S=S, N=N, K=K, F=F, H=H)
+
+
+def check_segment_ids(segment_ids: Array, shape: tuple[int, int]) -> None:
+    """Checks shape and dtype and, outside `jit`, that ids never decrease along a row."""
+    if segment_ids.shape != shape:
+        raise argument_error("segment_ids", f"shape [B,T] = {shape}", f"{segment_ids.shape}")
+    if not jnp.issubdtype(segment_ids.dtype, jnp.integer):
+        raise argument_error("segment_ids", "an integer dtype", segment_ids.dtype)
+    if isinstance(segment_ids, jax.core.Tracer):
+        return
+    for row, ids in enumerate(np.asarray(segment_ids)):
+        documents = ids[ids >= 0]
+        if np.any(np.diff(documents) < 0):
+            raise argument_error(
+                "segment_ids", "ids that never decrease along a row (negative: padding)",
+                f"row {row} = {_shorten(ids)}",
+            )  # fmt: skip
+
+
+def check_shape(name: str, array: Array, shape: tuple[int, ...], axes: str) -> None:
+    """Checks one array's shape, spelled as `axes` in the error."""
+    if array.shape != shape:
+        raise argument_error(name, f"shape {axes} = {shape}", f"{array.shape}")
+
+
+def check_size(name: str, value: object) -> None:
+    """Checks an option that counts something: a whole number of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
+        raise argument_error(name, "a whole number of at least 1", repr(value))
+
+
+def resolve_scale(scale: float | None, size: int) -> float:
+    """The given scale, or `size ** -0.5`."""
+    if scale is None:
+        return size**-0.5
+    if isinstance(scale, jax.core.Tracer) or not math.isfinite(scale):
+        raise argument_error("scale", "a finite Python float (fold learned scales into q)", scale)
+    return float(scale)
+
+
+def accumulation_dtype(dtype: jnp.dtype) -> jnp.dtype:
+    """The dtype of sums and states: float32, or float64 for float64 inputs."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+def _shorten(ids: np.ndarray) -> str:
+    return np.array2string(ids, threshold=16, separator=",")

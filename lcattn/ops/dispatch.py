@@ -1,0 +1,69 @@
+"""How an op chooses among its implementations.
+
+An op declares a table `name -> Implementation`, best first. `implementation=None` takes the first
+that can serve the call; the last one always can. A name runs that implementation or raises an
+error that says why it cannot. Nothing falls back silently, and no environment variable steers it.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+
+from lcattn.errors import argument_error
+
+
+class UnsupportedImplementationError(ValueError):
+    """The named implementation exists, but cannot serve this call here; the message says why."""
+
+
+def _serves_every_call(**call: Any) -> str | None:
+    del call
+
+
+@dataclasses.dataclass(frozen=True)
+class Implementation:
+    """One way to compute an op.
+
+    Attributes:
+      run: the function that computes it.
+      objection: given the call's description, says in words why `run` cannot serve it, or None.
+    """
+
+    run: Callable[..., Any]
+    objection: Callable[..., str | None] = _serves_every_call
+
+
+def choose(
+    op: str, table: Mapping[str, Implementation], name: str | None, **call: Any
+) -> Callable[..., Any]:
+    """The function that serves this call.
+
+    Args:
+      op: the op's name, for errors.
+      table: its implementations, best first.
+      name: the one asked for, or None.
+      **call: what objections look at: sizes, dtype and options.
+
+    Raises:
+      UnsupportedImplementationError: if `name` cannot serve the call.
+      ValueError: if the op has no implementation of that name.
+    """
+    if name is None:
+        served = (impl.run for impl in table.values() if impl.objection(**call) is None)
+        return next(served)
+    if name not in table:
+        raise argument_error("implementation", f"None or one of {sorted(table)} for {op}", repr(name))
+    objection = table[name].objection(**call)
+    if objection is not None:
+        raise UnsupportedImplementationError(f"{op}: implementation {name!r} {objection}")
+    return table[name].run
+
+
+def default_platform() -> str:
+    """Where a computation traced now would run: "cpu", "gpu" or "tpu"."""
+    device = jax.config.jax_default_device
+    if device is None:
+        return jax.default_backend()
+    return device if isinstance(device, str) else device.platform

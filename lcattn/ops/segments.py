@@ -1,0 +1,47 @@
+"""How packed documents share one recurrent state.
+
+Ids never decrease along a row, so the state belongs to the largest id seen so far; padding
+(negative ids) neither writes nor reads. Masks say which tokens of a chunk read the incoming state,
+which write the outgoing one, and whether the incoming one survives the chunk.
+"""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import lax
+
+from lcattn.typing import Array, Bool, Int
+
+
+class ChunkMasks(NamedTuple):
+    """Masks of all chunks; leading axis: chunk."""
+
+    pair: Bool[Array, "n B C C"]
+    read: Bool[Array, "n B C"]
+    write: Bool[Array, "n B C"]
+    keep: Bool[Array, "n B"]
+
+
+def owners(ids: Int[Array, "n B C"]) -> tuple[Int[Array, "n B"], Int[Array, "n B"]]:
+    """The document that owns the state before and after each chunk.
+
+    Before the first chunk it is the row's first document, so that an initial state continues it.
+    """
+    newest = lax.cummax(jnp.max(ids, axis=-1), axis=0)
+    first = jnp.min(jnp.where(ids < 0, jnp.iinfo(ids.dtype).max, ids), axis=(0, 2))
+    first = jnp.where(newest[-1] < 0, -1, first)
+    after = jnp.maximum(newest, first[None])
+    before = jnp.concatenate([first[None], after[:-1]], axis=0)
+    return before, after
+
+
+def chunk_masks(ids: Int[Array, "n B C"]) -> ChunkMasks:
+    """The masks of every chunk of every row."""
+    before, after = owners(ids)
+    real = ids >= 0
+    return ChunkMasks(
+        pair=(ids[..., :, None] == ids[..., None, :]) & real[..., None, :],
+        read=(ids == before[..., None]) & real,
+        write=(ids == after[..., None]) & real,
+        keep=before == after,
+    )

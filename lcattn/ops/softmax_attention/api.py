@@ -1,0 +1,113 @@
+"""The public op: arguments, checks and the choice of an implementation."""
+
+from typing import Literal, overload
+
+import jax.numpy as jnp
+
+from lcattn.errors import argument_error
+from lcattn.ops import checks, dispatch
+from lcattn.ops.softmax_attention import chunked, dense
+from lcattn.typing import Array, Float, Int, Keys, Queries, SegmentIds, Values
+
+_IMPLEMENTATIONS = {
+    "cudnn": dispatch.Implementation(dense.cudnn, dense.cudnn_objection),
+    "xla": dispatch.Implementation(chunked.attend_xla),
+    "reference": dispatch.Implementation(dense.reference),
+}
+
+
+@overload
+def softmax_attention(
+    q: Queries, k: Keys, v: Values, *, return_lse: Literal[False] = False, **options
+) -> Queries: ...
+
+
+@overload
+def softmax_attention(
+    q: Queries, k: Keys, v: Values, *, return_lse: Literal[True], **options
+) -> tuple[Queries, Float[Array, "B T N"]]: ...
+
+
+def softmax_attention(
+    q: Queries,
+    k: Keys,
+    v: Values,
+    *,
+    causal: bool = True,
+    segment_ids: SegmentIds | None = None,
+    scale: float | None = None,
+    window: int | None = None,
+    alibi_slopes: Float[Array, "N"] | None = None,
+    query_position: int | Int[Array, ""] | None = None,
+    key_position: int | Int[Array, ""] = 0,
+    return_lse: bool = False,
+    implementation: str | None = None,
+):
+    r"""Softmax attention over all visible keys, or over a sliding window of them.
+
+    Layout `[B,T,N,H]`; scores, sums and log-sum-exps in float32, output in the dtype of `q`.
+
+    .. math::
+        o_t = \sum_{s \in V(t)} \frac{e^{x_{ts}}}{\sum_{r \in V(t)} e^{x_{tr}}} v_s, \qquad
+        x_{ts} = \mathrm{scale} \cdot q_t^\top k_s - m_n |t - s|
+
+    where V(t) holds the keys that t sees: the past including t (`causal`), the last `window` of
+    them, those of its own document (`segment_ids`). The slope m_n of head n is 0 without
+    `alibi_slopes`. A query that sees no key gives zeros.
+
+    Time O(T·S), or O(T·window); memory O(T) in both passes above 1024 tokens.
+
+    Args:
+      q: queries `[B,T,N,H]`.
+      k: keys `[B,S,K,H]`; K divides N, and head n reads key head `n // (N // K)`.
+      v: values `[B,S,K,H]`. Their head size may differ from that of q and k.
+      causal: query t sees no key after it.
+      segment_ids: document of each token `[B,T]`, for packed rows (T = S).
+      scale: factor of the scores; default `H ** -0.5`.
+      window: number of keys seen, the query's own included. Needs `causal`.
+      alibi_slopes: slope of each query head, float32 `[N]` (Press et al. 2021, arXiv 2108.12409);
+        see `lcattn.ops.alibi_slopes`.
+      query_position: position of the first query. Default `key_position + S - T`: the queries are
+        the last T tokens. May be traced, so that a cache of fixed size can be filled under `jit`.
+      key_position: position of the first key. Keys at negative positions do not exist.
+      return_lse: also return the log of each softmax denominator, `[B,T,N]` float32, -inf where
+        no key is seen. Gradients flow through it, so that partial results can be merged.
+      implementation: "cudnn" (GPU), "xla" (anywhere), "reference" (the definition, T·S memory),
+        or None for the first of them that serves the call.
+
+    Returns:
+      `[B,T,N,H]`, or that and the log-sum-exp.
+
+    Raises:
+      ValueError: for arguments that do not fit.
+    """
+    sizes = checks.check_heads(q, k, v, segment_ids)
+    scale = checks.resolve_scale(scale, sizes.F)
+    if window is not None:
+        checks.check_size("window", window)
+        if not causal:
+            raise argument_error("window", "None when causal is False", repr(window))
+        if window >= sizes.S and query_position is None:
+            window = None
+    if alibi_slopes is not None:
+        checks.check_shape("alibi_slopes", alibi_slopes, (sizes.N,), "[N]")
+        alibi_slopes = alibi_slopes.astype(checks.accumulation_dtype(q.dtype))
+    aligned = query_position is None and isinstance(key_position, int) and key_position == 0
+    if query_position is None:
+        query_position = key_position + sizes.S - sizes.T
+    if causal and aligned and sizes.T > sizes.S:
+        raise argument_error("q", f"at most S={sizes.S} queries when causal", f"T={sizes.T}")
+
+    run = dispatch.choose(
+        "softmax_attention", _IMPLEMENTATIONS, implementation,
+        sizes=sizes, dtype=q.dtype, causal=causal, window=window, segment_ids=segment_ids,
+        alibi_slopes=alibi_slopes, aligned=aligned, return_lse=return_lse,
+    )  # fmt: skip
+    out, lse = run(
+        q, k, v,
+        segment_ids=segment_ids, alibi_slopes=alibi_slopes,
+        query_position=jnp.asarray(query_position, jnp.int32),
+        key_position=jnp.asarray(key_position, jnp.int32),
+        causal=causal, window=window, scale=scale, aligned=aligned, return_lse=return_lse,
+    )  # fmt: skip
+    return (out, lse) if return_lse else out

@@ -1,0 +1,92 @@
+"""The definition itself, and the forms that JAX's own attention function serves."""
+
+import jax
+import jax.numpy as jnp
+
+from lcattn.ops import dispatch
+from lcattn.ops.checks import Sizes, accumulation_dtype
+from lcattn.ops.softmax_attention.masking import distance_bias, visible
+from lcattn.typing import Array
+
+
+def reference(
+    q, k, v, *, segment_ids, alibi_slopes, query_position, key_position, causal, window, scale,
+    aligned, return_lse,
+) -> tuple[Array, Array]:  # fmt: skip
+    """The formula of the docstring, term by term; materialises T·S scores."""
+    del aligned, return_lse
+    (B, T, N, _), (S, K) = q.shape, k.shape[1:3]
+    dtype = accumulation_dtype(q.dtype)
+    k, v = (jnp.repeat(x, N // K, axis=2) for x in (k, v))
+    scores = scale * jnp.einsum("btnh,bsnh->bnts", q, k, preferred_element_type=dtype)
+    t, s = query_position + jnp.arange(T), key_position + jnp.arange(S)
+    if alibi_slopes is not None:
+        scores += distance_bias(alibi_slopes, t, s)
+    seen = visible(t, s, segment_ids, segment_ids, causal=causal, window=window)[:, None]
+    highest = jnp.max(scores, axis=-1, keepdims=True, where=seen, initial=-jnp.inf)
+    highest = jax.lax.stop_gradient(jnp.where(jnp.isfinite(highest), highest, 0))
+    # Hidden scores are replaced before exp, so that no inf enters the gradient.
+    weights = jnp.where(seen, jnp.exp(jnp.where(seen, scores - highest, 0)), 0)
+    total = weights.sum(axis=-1, keepdims=True)
+    empty = total == 0
+    probabilities = weights / jnp.where(empty, 1, total)
+    out = jnp.einsum("bnts,bsnh->btnh", probabilities, v, preferred_element_type=dtype)
+    lse = jnp.where(empty, -jnp.inf, highest + jnp.log(jnp.where(empty, 1, total)))
+    return out.astype(q.dtype), jnp.broadcast_to(lse[..., 0], (B, N, T)).transpose(0, 2, 1)
+
+
+def materialized(
+    q, k, v, *, segment_ids, alibi_slopes, query_position, key_position, causal, window, scale,
+    aligned,
+) -> Array:  # fmt: skip
+    """`jax.nn.dot_product_attention` with the mask spelled out; for short sequences."""
+    if aligned and q.shape[1] == k.shape[1] and segment_ids is None and alibi_slopes is None:
+        reach = None if window is None else (window - 1, 0)
+        return jax.nn.dot_product_attention(
+            q, k, v, scale=scale, is_causal=causal, local_window_size=reach, implementation="xla"
+        )
+    t = query_position + jnp.arange(q.shape[1])
+    s = key_position + jnp.arange(k.shape[1])
+    seen = visible(t, s, segment_ids, segment_ids, causal=causal, window=window)[:, None]
+    bias = None if alibi_slopes is None else distance_bias(alibi_slopes, t, s)[None]
+    out = jax.nn.dot_product_attention(
+        q, k, v, bias=bias, mask=seen, scale=scale, implementation="xla"
+    )
+    # JAX averages all values where no key is seen; the contract says zeros.
+    empty = ~jnp.any(seen, axis=-1)[:, 0, :, None, None]
+    return jnp.where(empty, 0, out)
+
+
+def cudnn(q, k, v, *, causal, window, scale, **rest) -> tuple[Array, None]:
+    """cuDNN's fused kernel through JAX."""
+    del rest
+    reach = None if window is None else (window - 1, 0)
+
+    def fused(q, k, v):
+        return jax.nn.dot_product_attention(
+            q, k, v, scale=scale, is_causal=causal, local_window_size=reach, implementation="cudnn"
+        )
+
+    return fused(q, k, v), None
+
+
+def cudnn_objection(
+    *, sizes: Sizes, dtype, causal, window, segment_ids, alibi_slopes, aligned, return_lse
+) -> str | None:
+    """Why cuDNN cannot serve a call, or None."""
+    del window
+    if dispatch.default_platform() != "gpu":
+        return f"needs a GPU; computations run on {dispatch.default_platform()!r} here"
+    if dtype not in (jnp.bfloat16, jnp.float16):
+        return f"takes bfloat16 or float16, not {dtype}"
+    if segment_ids is not None or alibi_slopes is not None:
+        return "takes neither segment_ids nor alibi_slopes without materialising a T·S bias"
+    if return_lse:
+        return "has no gradient through the log-sum-exp"
+    if not aligned or (causal and sizes.T != sizes.S):
+        return "masks causally only where queries and keys are the same tokens"
+    if sizes.F != sizes.H or sizes.H > 128 or sizes.H % 8:
+        return f"takes one head size, a multiple of 8 up to 128, not {sizes.F} and {sizes.H}"
+    if sizes.T % 2 or sizes.S % 2:
+        return f"has no gradient for odd lengths such as T={sizes.T}, S={sizes.S}"
+    return None
