@@ -11,7 +11,7 @@ import sys
 import types
 import typing
 from collections.abc import Mapping
-from typing import Any, Self
+from typing import Any
 
 from beartype.door import is_bearable
 
@@ -53,9 +53,9 @@ class Config:
             if value is not None and not value > 0:
                 raise self.error(field, "a value greater than 0")
 
-    def replace(self, **changes: Any) -> Self:
+    def replace[C](self: C, **changes: Any) -> C:
         """A copy with some fields changed, validated again."""
-        return dataclasses.replace(self, **changes)
+        return dataclasses.replace(typing.cast(Any, self), **changes)
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready dictionary from which `from_dict` rebuilds an equal config."""

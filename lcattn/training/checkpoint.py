@@ -241,7 +241,7 @@ def _manager(directory: Path, **options: Any) -> ocp.CheckpointManager:
 
 
 def _read_meta(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
-    return manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
+    return manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
 
 
 def _read_items(

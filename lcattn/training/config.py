@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Any, Protocol
 
 from flax import nnx
 
@@ -21,7 +21,7 @@ class BatchIterator(Protocol):
     With several processes, each yields its own rows, and the state is the same on all.
     """
 
-    def __iter__(self) -> Self: ...
+    def __iter__(self) -> "BatchIterator": ...
 
     def __next__(self) -> Mapping[str, Any]:
         """A dictionary of `tokens`, `targets`, `weights` [B, T], maybe `segment_ids`, ..."""
@@ -70,8 +70,8 @@ class TrainConfig(Config):
     """
 
     num_steps: int
-    optimizer: OptimizerConfig = OptimizerConfig()
-    mesh: MeshConfig = MeshConfig()
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     seed: int = 0
     num_microbatches: int = 1
     z_loss: float = 0.0

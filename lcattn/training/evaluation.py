@@ -49,9 +49,8 @@ def evaluate(model: nnx.Module, slices: Slices) -> dict[str, float]:
     """
     params, model_state = ModelDef.split(model)
     sharding = jax.tree.leaves(params)[0].sharding
-    if isinstance(sharding, NamedSharding):
-        mesh = sharding.mesh
-    else:
+    mesh = sharding.mesh if isinstance(sharding, NamedSharding) else None
+    if not isinstance(mesh, Mesh):  # Never trained here: whole, on one device.
         mesh = MeshConfig().make(list(sharding.device_set))
     with jax.set_mesh(mesh):
         return Evaluator(ModelDef.of(model), mesh)(params, model_state, slices)
@@ -63,11 +62,13 @@ def device_batch(batch: Mapping[str, Any], mesh: Mesh) -> dict[str, jax.Array]:
 
 
 def _means(name: str, sums: LossSums) -> dict[str, float]:
-    weight, loss, correct, _ = (float(value) for value in jax.device_get(sums))
+    sums = jax.device_get(sums)
+    weight = float(sums.weight)
     if weight == 0:
         raise argument_error(f"slice {name!r}", "tokens of non-zero weight", "none")
+    loss = float(sums.loss) / weight
     return {
-        "loss": loss / weight,
-        "accuracy": correct / weight,
-        "bits_per_byte": loss / weight / math.log(2),
+        "loss": loss,
+        "accuracy": float(sums.correct) / weight,
+        "bits_per_byte": loss / math.log(2),
     }

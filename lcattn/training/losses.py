@@ -1,6 +1,6 @@
 """Next-token cross entropy as sums, so that microbatches, batches and devices simply add up."""
 
-from typing import NamedTuple
+import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -8,22 +8,27 @@ import jax.numpy as jnp
 from lcattn.typing import Array, Float, Logits, Tokens
 
 
-class LossSums(NamedTuple):
-    """Weighted sums over tokens, float32 scalars. Sums of two batches add field by field."""
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LossSums:
+    """Weighted sums over tokens, float32 scalars. Sums of two batches add field by field.
+
+    Attributes:
+      weight: sum of the weights: the number of tokens, where weights are 0 and 1.
+      loss: sum of `weight * -log p(target)`, in nats.
+      correct: sum of the weights of tokens whose most likely value is the target.
+      z: sum of `weight * log(Z)**2`, with Z the normaliser of the softmax.
+    """
 
     weight: Float[Array, ""]
-    """Sum of the weights: the number of tokens, where weights are 0 and 1."""
     loss: Float[Array, ""]
-    """Sum of `weight * -log p(target)`, in nats."""
     correct: Float[Array, ""]
-    """Sum of the weights of tokens whose most likely value is the target."""
     z: Float[Array, ""]
-    """Sum of `weight * log(Z)**2`, with Z the normaliser of the softmax."""
 
     @staticmethod
     def zeros() -> "LossSums":
         """The sums over no tokens."""
-        return LossSums(*(jnp.zeros((), jnp.float32) for _ in LossSums._fields))
+        return LossSums(*(jnp.zeros((), jnp.float32) for _ in dataclasses.fields(LossSums)))
 
     def __add__(self, other: "LossSums") -> "LossSums":
         return jax.tree.map(jnp.add, self, other)

@@ -71,8 +71,8 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def param_shardings(params: nnx.State, mesh: Mesh) -> dict[Any, Any]:
-    """Where each parameter lives: a tree shaped like `nnx.to_pure_dict(params)`.
+def param_shardings(params: Any, mesh: Mesh) -> dict[Any, Any]:
+    """Where each parameter of an `nnx.State` lives: a tree like `nnx.to_pure_dict(params)`.
 
     The parameters' metadata `axes` name their logical axes, which `SHARDED_AXES` maps to the mesh.
     An axis whose size the mesh does not divide is not split: an odd vocabulary costs memory, not
@@ -92,7 +92,7 @@ def _partition(path: tuple[Any, ...], variable: Any, mesh: Mesh) -> PartitionSpe
         raise argument_error(f"axes of {name}", f"{len(variable.shape)} names", repr(axes))
     split: list[str | None] = []
     for axis, size in zip(axes, variable.shape, strict=True):
-        mesh_axis = SHARDED_AXES.get(axis)
+        mesh_axis = SHARDED_AXES.get(axis) if axis else None
         if mesh_axis in split:  # An array can be split only once over the same devices.
             mesh_axis = None
         if mesh_axis is not None and size % mesh.shape[mesh_axis]:

@@ -10,10 +10,9 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from lcattn.training.mesh import param_shardings, replicated
-from lcattn.typing import Array, Int
 
 Tree = Any
-"""Nested dictionaries of arrays."""
+"""Nested dictionaries of arrays, or of their shapes."""
 
 
 @jax.tree_util.register_dataclass
@@ -29,7 +28,7 @@ class TrainState:
       opt_state: the optimiser's moments and counts.
     """
 
-    step: Int[Array, ""]
+    step: Tree
     params: Tree
     model_state: Tree
     opt_state: Tree
@@ -79,7 +78,7 @@ def abstract_state(
     """Shapes and places of a `TrainState`. Moments live where their parameters live."""
     everywhere = replicated(mesh)
     opt_state = optax.tree.map_params(
-        optimizer,
+        optimizer.init,
         lambda moment, param: _place(moment, param.sharding),
         jax.eval_shape(optimizer.init, params),
         params,
