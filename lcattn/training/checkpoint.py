@@ -225,7 +225,8 @@ def _digest(array: jax.Array) -> jax.Array:
     if array.dtype == jnp.bool_:
         array = array.astype(jnp.uint8)
     bits = jax.lax.bitcast_convert_type(array, jnp.dtype(f"uint{8 * array.dtype.itemsize}"))
-    return bits.astype(jnp.uint32).sum(dtype=jnp.uint32)
+    place = jnp.arange(1, 2 * bits.size, 2, dtype=jnp.uint32).reshape(bits.shape)
+    return (bits.astype(jnp.uint32) * place).sum(dtype=jnp.uint32)
 
 
 def _items(state: TrainState) -> dict[str, Tree]:

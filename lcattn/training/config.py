@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from flax import nnx
 
@@ -15,6 +15,7 @@ _LOWER_IS_BETTER = ("loss", "bits_per_byte")
 _HIGHER_IS_BETTER = ("accuracy",)
 
 
+@runtime_checkable
 class BatchIterator(Protocol):
     """Batches without end, resumable.
 
@@ -36,6 +37,7 @@ class BatchIterator(Protocol):
         ...
 
 
+@runtime_checkable
 class Task(Protocol):
     """What a model is trained and evaluated on. A task's `config`, if any, is stored too."""
 

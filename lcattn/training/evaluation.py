@@ -62,13 +62,11 @@ def device_batch(batch: Mapping[str, Any], mesh: Mesh) -> dict[str, jax.Array]:
 
 
 def _means(name: str, sums: LossSums) -> dict[str, float]:
-    sums = jax.device_get(sums)
-    weight = float(sums.weight)
+    weight, loss, correct = map(float, jax.device_get((sums.weight, sums.loss, sums.correct)))
     if weight == 0:
         raise argument_error(f"slice {name!r}", "tokens of non-zero weight", "none")
-    loss = float(sums.loss) / weight
     return {
-        "loss": loss,
-        "accuracy": float(sums.correct) / weight,
-        "bits_per_byte": loss / math.log(2),
+        "loss": loss / weight,
+        "accuracy": correct / weight,
+        "bits_per_byte": loss / weight / math.log(2),
     }

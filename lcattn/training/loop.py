@@ -16,12 +16,11 @@ from lcattn.training.checkpoint import Checkpointer
 from lcattn.training.config import Task, TrainConfig, TrainResult
 from lcattn.training.errors import NonFiniteLossError, TrainingInterrupted
 from lcattn.training.evaluation import Evaluator, device_batch
-from lcattn.training.mesh import replicated
 from lcattn.training.metrics import JsonlWriter, MetricWriter, TensorBoardWriter
 from lcattn.training.progress import Progress, Stopwatch
 from lcattn.training.run_dir import Interrupt, lock
-from lcattn.training.state import abstract_model, abstract_state, init_state, shardings_of
-from lcattn.training.step import make_train_step
+from lcattn.training.state import abstract_model, abstract_state, init_state
+from lcattn.training.step import jit_train_step, make_train_step
 
 
 def train(
@@ -98,17 +97,14 @@ class _Run:
         target = abstract_state(params, model_state, optimizer, mesh)
         self.model_def = model_def
         self.evaluator = Evaluator(model_def, mesh)
-        self.train_step = jax.jit(
-            make_train_step(
-                model_def,
-                optimizer,
-                schedule,
-                num_microbatches=config.num_microbatches,
-                z_loss=config.z_loss,
-            ),
-            donate_argnums=0,
-            out_shardings=(shardings_of(target), replicated(mesh)),
+        train_step = make_train_step(
+            model_def,
+            optimizer,
+            schedule,
+            num_microbatches=config.num_microbatches,
+            z_loss=config.z_loss,
         )
+        self.train_step = jit_train_step(train_step, target)
 
         configs = {"model": model_config.to_dict(), "train": config.trajectory()}
         if isinstance(task_config := getattr(task, "config", None), Config):

@@ -4,7 +4,7 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from tensorboardX import SummaryWriter
 
@@ -65,7 +65,7 @@ class TensorBoardWriter:
         self._writer.close()
 
 
-def read_jsonl(path: str | Path) -> list[dict[str, float]]:
+def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
     """The records of a file that `JsonlWriter` wrote, for tables and plots."""
     with Path(path).open(encoding="utf-8") as file:
         return [json.loads(line) for line in file]

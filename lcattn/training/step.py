@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from lcattn.training.losses import LossSums, cross_entropy, per_token
-from lcattn.training.state import ModelDef, TrainState, Tree
+from lcattn.training.state import ModelDef, TrainState, Tree, shardings_of
 
 Batch = Mapping[str, jax.Array]
 Metrics = dict[str, jax.Array]
@@ -69,6 +69,15 @@ def make_train_step(
         return TrainState(state.step + 1, params, model_state, opt_state), metrics
 
     return train_step
+
+
+def jit_train_step(train_step: TrainStep, target: TrainState) -> TrainStep:
+    """Compiles the step. It overwrites the state it is given, and the new one lives where it did.
+
+    Without a word on where results live, XLA may choose another place for them, and the second
+    step would be compiled anew.
+    """
+    return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings_of(target), None))
 
 
 def make_eval_step(model_def: ModelDef) -> EvalStep:
