@@ -25,7 +25,6 @@ from lcattn.training.mesh import MeshConfig
 from lcattn.training.state import TrainState, Tree, abstract_model
 
 FOLDER = "checkpoints"
-logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -237,8 +236,14 @@ def _items(state: TrainState) -> dict[str, Tree]:
 
 
 def _manager(directory: Path, **options: Any) -> ocp.CheckpointManager:
+    logging.getLogger("absl").addFilter(_is_not_a_failed_thread)
     options = {"save_decision_policy": checkpoint_managers.FixedIntervalPolicy(1), **options}
     return ocp.CheckpointManager(directory, options=ocp.CheckpointManagerOptions(**options))
+
+
+def _is_not_a_failed_thread(record: logging.LogRecord) -> bool:
+    # Each thread of Orbax that fails logs a stack trace. The error itself reaches the caller.
+    return not (record.exc_info and "orbax" in record.pathname)
 
 
 def _read_meta(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
@@ -264,7 +269,7 @@ def _newest(directory: Path) -> int | None:
 
 
 def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).partition('\n')[0][:500]}"
+    return f"{type(error).__name__}: {str(error).partition('\n')[0]}"
 
 
 def _list(damaged: Mapping[int, Exception]) -> str:
