@@ -9,10 +9,10 @@ from lcattn.training import OptimizerConfig, TrainConfig, train
 
 MODEL = ToyConfig(dropout=0.1)
 CONFIG = TrainConfig(
-    num_steps=40,
+    num_steps=24,
     log_every=2,
     eval_every=9,
-    checkpoint_every=5,
+    checkpoint_every=6,
     optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=5),
     tensorboard=False,
 )
@@ -20,7 +20,7 @@ CONFIG = TrainConfig(
 
 class SlowBatches(Batches):
     def __next__(self):
-        time.sleep(0.03)
+        time.sleep(0.04)
         return super().__next__()
 
 

@@ -120,7 +120,10 @@ def test_another_config_is_one_error_that_lists_the_fields(tmp_path):
 
 def test_differences_name_the_path():
     saved, now = {"a": {"b": [1], "c": 2}, "d": 3}, {"a": {"b": [1, 2], "c": 2}}
-    assert differences(saved, now) == ["a.b: checkpoint [1], now [1, 2]", "d: checkpoint 3, now None"]
+    assert differences(saved, now) == [
+        "a.b: checkpoint [1], now [1, 2]",
+        "d: checkpoint 3, now None",
+    ]
 
 
 def truncate(file):
