@@ -1,9 +1,9 @@
 """Checkpoints: written in the background, all or nothing, and checked when they are read.
 
-A checkpoint is a folder `<run>/checkpoints/<step>` with three items: `model` (parameters and other
-variables), `optimizer` (moments and the step) and `meta` (JSON: the configs, the position of the
-data iterator, the latest metrics, a digest of each array). Orbax writes it under a temporary name
-and renames it when it is whole.
+A checkpoint is a folder `<run>/checkpoints/<step>` of three items: `model` (parameters and other
+variables), `training` (moments, step, random key) and `meta` (JSON: the configs, the position of
+the data iterator, the latest metrics, a digest of each array). Orbax writes it under a temporary
+name and renames it when it is whole.
 """
 
 import dataclasses
@@ -124,8 +124,7 @@ class Checkpointer:
                 damaged[step] = error
                 continue
             self._set_aside(damaged, step)
-            model, optimizer = items["model"], items["optimizer"]
-            return Restored(step, TrainState(**model, **optimizer), meta)
+            return Restored(step, TrainState(**items["model"], **items["training"]), meta)
         if damaged:
             raise CheckpointError(f"no checkpoint in {self.directory} is whole: {_list(damaged)}")
         return None
@@ -231,7 +230,7 @@ def _digest(array: jax.Array) -> jax.Array:
 def _items(state: TrainState) -> dict[str, Tree]:
     return {
         "model": {"params": state.params, "model_state": state.model_state},
-        "optimizer": {"step": state.step, "opt_state": state.opt_state},
+        "training": {"step": state.step, "opt_state": state.opt_state, "rng": state.rng},
     }
 
 
