@@ -144,7 +144,7 @@ def _encode(value: Any) -> Any:
 
 def _decode(value: Any) -> Any:
     if isinstance(value, list):
-        return [_decode(item) for item in value]
+        return tuple(_decode(item) for item in value)
     if not isinstance(value, Mapping):
         return value
     fields = {key: _decode(item) for key, item in value.items() if key != _TYPE_KEY}
