@@ -106,11 +106,11 @@ def test_a_stored_config_is_not_trusted():
         (lambda: ShortConvolutionConfig(width=3, expand=1), "an even expand"),
     ],
 )
-def test_mixer_configs_name_what_does_not_fit(make, message):
+def test_mixer_configs_name_what_does_not_fit(no_type_hook, make, message):
     with pytest.raises(ValueError, match=message):
         make()
 
 
-def test_a_mixer_needs_a_width():
+def test_a_mixer_needs_a_width(no_type_hook):
     with pytest.raises(ValueError, match=r"LinearAttentionConfig\.width: expected the model width"):
         LinearAttentionConfig(num_heads=2).make(rngs=None)

@@ -27,14 +27,14 @@ def model():
 
 
 def test_greedy_equals_the_argmax_of_full_passes(model):
-    out = generate(model, PROMPT, 6, temperature=0)
+    out = generate(model, PROMPT, 6, temperature=0.0)
     assert out.shape == (2, 10)
     assert out.dtype == PROMPT.dtype
     # One full pass over the result scores every step of the loop, since the model is causal.
     logits = nnx.jit(lambda model, tokens: model(tokens))(model, out)
     np.testing.assert_array_equal(out[:, :4], PROMPT)
     np.testing.assert_array_equal(out[:, 4:], jnp.argmax(logits[:, 3:-1], -1))
-    np.testing.assert_array_equal(generate(model, PROMPT, 1, temperature=0), out[:, :5])
+    np.testing.assert_array_equal(generate(model, PROMPT, 1, temperature=0.0), out[:, :5])
 
 
 def test_sampling_depends_on_the_key_alone(model):
@@ -46,7 +46,7 @@ def test_sampling_depends_on_the_key_alone(model):
 
 
 def test_top_k_of_one_and_a_tiny_top_p_are_greedy(model):
-    greedy = generate(model, PROMPT, 6, temperature=0)
+    greedy = generate(model, PROMPT, 6, temperature=0.0)
     rng = jax.random.key(0)
     np.testing.assert_array_equal(generate(model, PROMPT, 6, rng=rng, top_k=1), greedy)
     np.testing.assert_array_equal(generate(model, PROMPT, 6, rng=rng, top_p=1e-6), greedy)
@@ -88,4 +88,4 @@ def test_bad_options_are_named(model, no_type_hook):
         with pytest.raises(ValueError, match=message):
             generate(model, PROMPT, **{"num_tokens": 2, **options})
     with pytest.raises(ValueError, match="tokens: expected 2 axes"):
-        generate(model, PROMPT[:, :0], 2, temperature=0)
+        generate(model, PROMPT[:, :0], 2, temperature=0.0)

@@ -40,8 +40,8 @@ def extend(model, tokens, state):
     return model.extend(tokens, state)
 
 
-@functools.partial(nnx.jit, static_argnames="keys")
-def gradient(model, tokens, keys=()):
+@nnx.jit
+def gradient(model, tokens):
     return nnx.grad(lambda model: jnp.sum(jax.nn.log_softmax(model(tokens))[..., 0]))(model)
 
 
@@ -151,7 +151,7 @@ def test_the_default_mlp_width_is_a_multiple_of_256():
         ({"norm": "batch"}, "LMConfig.norm"),
     ],
 )
-def test_configs_name_what_does_not_fit(changes, message):
+def test_configs_name_what_does_not_fit(no_type_hook, changes, message):
     with pytest.raises(ValueError, match=message):
         CONFIG.replace(**changes)
 

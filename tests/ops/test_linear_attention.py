@@ -77,7 +77,7 @@ def test_small_scores_give_softmax_up_to_the_third_order(qkv):
         with jax.enable_x64(True):
             arrays = [jnp.asarray(np.asarray(x, np.float64)) for x in (size * q, k, v)]
             difference = ops.linear_attention(*arrays) - ops.softmax_attention(*arrays)
-        error.append(float(jnp.abs(difference).max()))
+            error.append(float(jnp.abs(difference).max()))
     assert 6 < error[0] / error[1] < 10  # 2³
 
 
