@@ -41,7 +41,10 @@ class Settings(Config):
         ("size", 0, r"Settings.size: expected a value greater than 0, got 0"),
         ("kind", "c", r"Settings.kind: expected Literal\['a', 'b'\], got 'c'"),
         ("names", ("a", 1), r"Settings.names: expected tuple\[str, ...\]"),
+        ("names", [*"abcdefgh", 1], r"Settings.names: expected tuple\[str, ...\]"),
         ("table", {"a": "b"}, r"Settings.table: expected"),
+        ("table", {1: 1}, r"Settings.table: expected"),
+        ("table", dict(zip("abcdefg", [*range(6), None], strict=True)), r"Settings.table"),
         ("flag", 1, r"Settings.flag: expected bool"),
     ],
 )
