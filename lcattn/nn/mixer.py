@@ -3,7 +3,7 @@
 import abc
 import dataclasses
 import math
-from typing import Any, override
+from typing import Any, ClassVar, override
 
 import jax
 import jax.numpy as jnp
