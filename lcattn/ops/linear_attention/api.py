@@ -1,6 +1,7 @@
 """The public op: arguments, checks, the normaliser, and the choice of an implementation."""
 
 import dataclasses
+from typing import no_type_check
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +27,7 @@ _CHUNK = {"cpu": 128, "gpu": 256, "tpu": 256}
 _QUADRATIC_UP_TO = {"cpu": 256, "gpu": 1024, "tpu": 1024}
 
 
+@no_type_check  # JAX also fills it with shapes and specs
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LinearAttentionState:
