@@ -11,13 +11,16 @@ import sys
 import types
 import typing
 from collections.abc import Mapping
-from typing import Any, Self
+from typing import Any, TypeVar
 
 from beartype.door import is_bearable
 
 from lcattn.errors import argument_error
 
 _TYPE_KEY = "__config__"
+
+# Not `typing.Self`, which the type-checking hook of the tests rejects on methods.
+AnyConfig = TypeVar("AnyConfig", bound="Config")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,7 +56,7 @@ class Config:
             if value is not None and not value > 0:
                 raise self.error(field, "a value greater than 0")
 
-    def replace(self, **changes: Any) -> Self:
+    def replace(self: AnyConfig, **changes: Any) -> AnyConfig:
         """A copy with some fields changed, validated again."""
         return dataclasses.replace(self, **changes)
 

@@ -2,14 +2,14 @@
 
 import abc
 import math
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import dataclasses
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from lcattn.config import Config
+from lcattn.config import AnyConfig, Config
 from lcattn.traits import Traits
 from lcattn.typing import Hidden, Positions, SegmentIds
 
@@ -91,7 +91,7 @@ class MixerConfig(Config):
             if value is not None and not _is_float_dtype(value):
                 raise self.error(field, "the name of a floating-point dtype")
 
-    def inherit(self, **defaults: Any) -> Self:
+    def inherit(self: AnyConfig, **defaults: Any) -> AnyConfig:
         """A copy in which each field that is None takes the given default."""
         missing = {k: v for k, v in defaults.items() if getattr(self, k) is None}
         return self.replace(**missing)
