@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import lcattn
-from experiments import gin_config
+from experiments import gin_config, registry
 from experiments.gin_config import UsageError
 
 _FILES = ("--gin_file", "--gin_files")
@@ -36,6 +36,7 @@ def main(
     Returns:
       The exit code.
     """
+    registry.register_all()
     try:
         options = _parser(run).parse_args(_spell_out(sys.argv[1:] if argv is None else argv))
         if options.help:
@@ -82,7 +83,7 @@ def _parser(run: Callable[..., Any]) -> _Parser:
     spec = getattr(module, "__spec__", None)
     parser = _Parser(
         prog=f"python -m {spec.name if spec else run.__module__}",
-        usage="%(prog)s --gin_file=FILE [--gin_file=FILE ...] [--gin.NAME=value ...] [--run_dir=DIR]",
+        usage="%(prog)s --gin_file=FILE ... [--gin.NAME=value ...] [--run_dir=DIR]",
         description=(inspect.getdoc(run) or "").partition("\n")[0],
         add_help=False,
         allow_abbrev=False,
