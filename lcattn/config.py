@@ -27,9 +27,10 @@ AnyConfig = TypeVar("AnyConfig", bound="Config")
 class Config:
     """Base class. Subclasses are `@dataclass(frozen=True, kw_only=True)` and override `validate`.
 
-    Values are checked against the field annotations when the object is built. Two harmless
-    conversions are made, because gin and JSON cannot spell the difference: a list for a tuple and
-    an int for a float.
+    Values are checked against the field annotations when the object is built. Three harmless
+    conversions are made: a list becomes a tuple and an int a float where the field asks for one,
+    because gin and JSON cannot spell the difference; and a dict is frozen, so that configs are
+    hashable and can be static arguments of `jax.jit`.
 
     Raises:
       ValueError: naming `Class.field`, the expected type or range, and the value that came.
@@ -91,7 +92,24 @@ def _hints(cls: type) -> dict[str, Any]:
     return typing.get_type_hints(cls)
 
 
+class _FrozenDict(dict):
+    """A dictionary that cannot change, and can therefore be hashed."""
+
+    def __hash__(self) -> int:  # type: ignore[override]
+        return hash(frozenset(self.items()))
+
+    def _refuse(self, *args: Any, **kwargs: Any) -> Any:
+        raise TypeError("a config cannot change; use config.replace(...)")
+
+    __setitem__ = __delitem__ = clear = pop = popitem = setdefault = update = __ior__ = _refuse
+
+    def __reduce__(self):
+        return _FrozenDict, (dict(self),)
+
+
 def _conversions(value: Any):
+    if isinstance(value, Mapping):
+        value = _FrozenDict(value)
     yield value
     if isinstance(value, list):
         yield tuple(value)

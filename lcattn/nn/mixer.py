@@ -1,17 +1,19 @@
 """The contract of a token mixer: one call for training, one for streaming."""
 
 import abc
-import math
-from typing import Any, ClassVar
-
 import dataclasses
+import math
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from lcattn.config import AnyConfig, Config
+from lcattn.errors import argument_error
+from lcattn.nn.layers import LayerConfig
+from lcattn.ops import segment_positions
 from lcattn.traits import Traits
-from lcattn.typing import Hidden, Positions, SegmentIds
+from lcattn.typing import Array, Hidden, Positions, SegmentIds
 
 State = Any
 """A registered pytree dataclass; its arrays are all that a stream remembers."""
@@ -33,7 +35,10 @@ class Mixer(nnx.Module):
     in each document) matter only to mixers with a position encoding.
     """
 
-    traits: ClassVar[Traits]
+    @property
+    @abc.abstractmethod
+    def traits(self) -> Traits:
+        """What this mixer, configured as it is, promises."""
 
     @abc.abstractmethod
     def __call__(
@@ -66,43 +71,57 @@ class Mixer(nnx.Module):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class MixerConfig(Config):
-    """What every mixer's config holds. A model fills the fields left at None (`inherit`).
-
-    Attributes:
-      width: model width D.
-      dtype: compute dtype of projections and ops, e.g. "bfloat16". None: "float32".
-      param_dtype: dtype in which parameters are kept. None: "float32".
-      init_std: standard deviation of the normal initialiser of input projections.
-      output_init_std: the same for the output projection; a model sets it to
-        `init_std / sqrt(2 * num_layers)`. None: `init_std`.
-    """
-
-    width: int | None = None
-    dtype: str | None = None
-    param_dtype: str | None = None
-    init_std: float = 0.02
-    output_init_std: float | None = None
-
-    def validate(self) -> None:
-        self.require_positive("width", "init_std", "output_init_std")
-        for field in ("dtype", "param_dtype"):
-            value = getattr(self, field)
-            if value is not None and not _is_float_dtype(value):
-                raise self.error(field, "the name of a floating-point dtype")
-
-    def inherit(self: AnyConfig, **defaults: Any) -> AnyConfig:
-        """A copy in which each field that is None takes the given default."""
-        missing = {k: v for k, v in defaults.items() if getattr(self, k) is None}
-        return self.replace(**missing)
+class MixerConfig(LayerConfig):
+    """What builds a mixer."""
 
     @abc.abstractmethod
     def make(self, rngs: nnx.Rngs) -> Mixer:
         """Builds the mixer. `width` must be set by then."""
 
 
-def _is_float_dtype(name: str) -> bool:
-    try:
-        return jnp.issubdtype(jnp.dtype(name), jnp.floating)
-    except TypeError:
-        return False
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class HeadsConfig(MixerConfig):
+    """What configs of mixers with heads share.
+
+    Attributes:
+      num_heads: query heads N.
+      num_kv_heads: key/value heads K, a divisor of N (grouped queries). None: N.
+      head_dim: head size H. None: `width // num_heads`.
+    """
+
+    num_heads: int = 8
+    num_kv_heads: int | None = None
+    head_dim: int | None = None
+
+    def validate(self) -> None:
+        super().validate()
+        self.require_positive("num_heads", "num_kv_heads", "head_dim")
+        if self.num_heads % self.kv_heads:
+            raise self.error("num_kv_heads", f"a divisor of num_heads={self.num_heads}")
+        if self.width is not None and self.head_dim is None and self.width % self.num_heads:
+            raise self.error("num_heads", f"a divisor of width={self.width}, or a head_dim")
+
+    @property
+    def kv_heads(self) -> int:
+        """K."""
+        return self.num_kv_heads or self.num_heads
+
+    @property
+    def head_size(self) -> int:
+        """H."""
+        return self.head_dim or self.require_width() // self.num_heads
+
+
+def check_stream(x: Array, cached: Array) -> None:
+    """Checks new tokens `[B,T,D]` against an array of the state, whose first axis is B too."""
+    if x.ndim != 3 or x.shape[1] == 0:
+        raise argument_error("x", "3 axes [B,T,D] with T > 0", f"shape {x.shape}")
+    if cached.shape[0] != x.shape[0]:
+        raise argument_error("state", f"B={x.shape[0]} streams, as in x", f"B={cached.shape[0]}")
+
+
+def default_positions(x: Hidden, segment_ids: SegmentIds | None) -> Positions:
+    """Positions counted from 0 in each document."""
+    if segment_ids is not None:
+        return segment_positions(segment_ids)
+    return jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.int32), x.shape[:2])

@@ -1,0 +1,6 @@
+"""Language models over the library's token mixers, and generation from them."""
+
+from lcattn.models.generation import generate, sample
+from lcattn.models.lm import LM, Block, LMConfig, LMState
+
+__all__ = ["LM", "Block", "LMConfig", "LMState", "generate", "sample"]

@@ -1,0 +1,130 @@
+"""The few layers that mixers and models share, each parameter named by its logical axes.
+
+Logical axes ("embed", "heads", "mlp", "vocab", "channels") are metadata of the parameters; the
+training room maps them to the axes of a device mesh (`lcattn.training.mesh`).
+"""
+
+import dataclasses
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from lcattn.config import Config
+from lcattn.typing import Array
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LayerConfig(Config):
+    """What every layer needs to know. A model fills the fields left at None (`inherit`).
+
+    Attributes:
+      width: model width D.
+      dtype: compute dtype, e.g. "bfloat16". None: "float32".
+      param_dtype: dtype in which parameters are kept. None: "float32".
+      init_std: standard deviation of the normal initialiser of projections. None: 0.02.
+      output_init_std: the same for projections into the residual stream. None: `init_std`.
+    """
+
+    width: int | None = None
+    dtype: str | None = None
+    param_dtype: str | None = None
+    init_std: float | None = None
+    output_init_std: float | None = None
+
+    def validate(self) -> None:
+        self.require_positive("width", "init_std", "output_init_std")
+        for field in ("dtype", "param_dtype"):
+            value = getattr(self, field)
+            if value is not None and not _is_float_dtype(value):
+                raise self.error(field, "the name of a floating-point dtype")
+
+    def inherit(self, parent: "LayerConfig") -> Self:
+        """A copy in which each field that is None takes the parent's value."""
+        fields: dict[str, Any] = {f.name: getattr(parent, f.name) for f in dataclasses.fields(LayerConfig)}
+        return self.replace(**{k: v for k, v in fields.items() if getattr(self, k) is None})
+
+    def require_width(self) -> int:
+        """The width, which a layer cannot be built without."""
+        if self.width is None:
+            raise self.error("width", "the model width")
+        return self.width
+
+
+def _is_float_dtype(name: str) -> bool:
+    try:
+        return jnp.issubdtype(jnp.dtype(name), jnp.floating)
+    except TypeError:
+        return False
+
+
+def projection(
+    config: LayerConfig,
+    inputs: int,
+    outputs: int,
+    *,
+    axes: tuple[str | None, str | None],
+    rngs: nnx.Rngs,
+    is_output: bool = False,
+    use_bias: bool = False,
+) -> nnx.Linear:
+    """A dense layer with the config's dtypes and normal initialiser; biases start at 0."""
+    std = config.init_std or 0.02
+    if is_output:
+        std = config.output_init_std or std
+    return nnx.Linear(
+        inputs,
+        outputs,
+        use_bias=use_bias,
+        dtype=jnp.dtype(config.dtype or "float32"),
+        param_dtype=jnp.dtype(config.param_dtype or "float32"),
+        kernel_init=nnx.initializers.normal(std),
+        kernel_metadata={"axes": axes},
+        bias_metadata={"axes": axes[1:]},
+        rngs=rngs,
+    )
+
+
+def rms_norm(size: int, *, dtype: str | None, rngs: nnx.Rngs) -> nnx.RMSNorm:
+    """RMSNorm over the last axis with epsilon 1e-5; statistics in float32."""
+    return nnx.RMSNorm(
+        size, epsilon=1e-5, dtype=jnp.dtype(dtype or "float32"), scale_metadata={"axes": (None,)},
+        rngs=rngs,
+    )  # fmt: skip
+
+
+def layer_norm(size: int, *, dtype: str | None, rngs: nnx.Rngs) -> nnx.LayerNorm:
+    """LayerNorm over the last axis with epsilon 1e-5; statistics in float32."""
+    metadata = {"axes": (None,)}
+    return nnx.LayerNorm(
+        size, epsilon=1e-5, dtype=jnp.dtype(dtype or "float32"), scale_metadata=metadata,
+        bias_metadata=metadata, rngs=rngs,
+    )  # fmt: skip
+
+
+def split_heads(x: Array, num_heads: int) -> Array:
+    """`[B,T,N·H] -> [B,T,N,H]`."""
+    return x.reshape(*x.shape[:-1], num_heads, -1)
+
+
+def merge_heads(x: Array) -> Array:
+    """`[B,T,N,H] -> [B,T,N·H]`."""
+    return x.reshape(*x.shape[:-2], -1)
+
+
+class SwiGLU(nnx.Module):
+    """The gated MLP `W3 (silu(W1 x) * W2 x)` (Shazeer 2020, arXiv 2002.05202), without biases."""
+
+    def __init__(self, config: LayerConfig, hidden: int, rngs: nnx.Rngs):
+        """Args: `config` for width, dtypes and initialiser; `hidden`, the inner size."""
+        width = config.require_width()
+        self.gate = projection(config, width, hidden, axes=("embed", "mlp"), rngs=rngs)
+        self.up = projection(config, width, hidden, axes=("embed", "mlp"), rngs=rngs)
+        self.down = projection(
+            config, hidden, width, axes=("mlp", "embed"), rngs=rngs, is_output=True
+        )
+
+    def __call__(self, x: Array) -> Array:
+        """`[..., D] -> [..., D]`."""
+        return self.down(jax.nn.silu(self.gate(x)) * self.up(x))

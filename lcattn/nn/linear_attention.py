@@ -1,0 +1,113 @@
+"""Linear attention as a token mixer; with Taylor features, the global layer of BASED."""
+
+import dataclasses
+from typing import Literal
+
+import jax.numpy as jnp
+from flax import nnx
+
+from lcattn import ops
+from lcattn.nn.layers import merge_heads, projection, rms_norm, split_heads
+from lcattn.nn.mixer import Mixer, HeadsConfig, check_stream
+from lcattn.ops import LinearAttentionState
+from lcattn.ops.linear_attention.features import is_normalized_by_default
+from lcattn.traits import Traits
+from lcattn.typing import Array, Hidden, Positions, SegmentIds
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LinearAttentionConfig(HeadsConfig):
+    """Attention by feature maps, with a state of fixed size.
+
+    Attributes:
+      feature_dim: size F of queries and keys. Taylor features make F(F+3)/2 + 1 of it, so it is
+        the dial between state size and recall; BASED uses 16.
+      feature_map: "taylor", "elu" or "identity".
+      normalize: divide by the sum of weights. None: yes, except for "identity".
+      output_norm: RMSNorm of each output head. None: where `normalize` is off, since outputs then
+        grow with the length.
+      chunk_size, implementation: passed to `lcattn.ops.linear_attention`.
+    """
+
+    feature_dim: int = 16
+    feature_map: Literal["taylor", "elu", "identity"] = "taylor"
+    normalize: bool | None = None
+    output_norm: bool | None = None
+    chunk_size: int | None = None
+    implementation: str | None = None
+
+    def validate(self) -> None:
+        super().validate()
+        self.require_positive("feature_dim", "chunk_size")
+
+    def make(self, rngs: nnx.Rngs) -> "LinearAttention":
+        """Builds the mixer."""
+        return LinearAttention(self, rngs)
+
+
+class LinearAttention(Mixer):
+    """`y = Wo · linear_attention(Wq x, Wk x, Wv x)`, without biases or position encoding."""
+
+    def __init__(self, config: LinearAttentionConfig, rngs: nnx.Rngs):
+        """Args: `config`, with its width set; `rngs`, for the parameters."""
+        self.config = config
+        width, F, H = config.require_width(), config.feature_dim, config.head_size
+        N, K = config.num_heads, config.kv_heads
+        self.query = projection(config, width, N * F, axes=("embed", "heads"), rngs=rngs)
+        self.key = projection(config, width, K * F, axes=("embed", "heads"), rngs=rngs)
+        self.value = projection(config, width, K * H, axes=("embed", "heads"), rngs=rngs)
+        self.out = projection(
+            config, N * H, width, axes=("heads", "embed"), rngs=rngs, is_output=True
+        )
+        self.normalize = config.normalize
+        if self.normalize is None:
+            self.normalize = is_normalized_by_default(config.feature_map)
+        use_norm = not self.normalize if config.output_norm is None else config.output_norm
+        self.norm = rms_norm(H, dtype=config.dtype, rngs=rngs) if use_norm else None
+
+    @property
+    def traits(self) -> Traits:
+        """Causal, streaming, linear in the length."""
+        return Traits(causal=True, streaming=True, subquadratic=True)
+
+    def __call__(
+        self,
+        x: Hidden,
+        segment_ids: SegmentIds | None = None,
+        positions: Positions | None = None,
+    ) -> Hidden:
+        """Mixes whole sequences; `positions` do not matter."""
+        del positions
+        return self._project_out(self._attend(x, segment_ids=segment_ids))
+
+    def init_state(self, batch_size: int, max_length: int, dtype=None) -> LinearAttentionState:
+        """Zeros, in float32 whatever `dtype`: a sum kept in bfloat16 stops growing."""
+        del max_length, dtype
+        config = self.config
+        return ops.linear_attention_state(
+            batch_size, config.kv_heads, config.feature_dim,
+            config.head_size, feature_map=config.feature_map, normalize=self.normalize,
+            dtype=jnp.promote_types(config.dtype or "float32", jnp.float32),
+        )  # fmt: skip
+
+    def extend(
+        self, x: Hidden, state: LinearAttentionState
+    ) -> tuple[Hidden, LinearAttentionState]:
+        """Continues each stream."""
+        check_stream(x, state.kv)
+        out, state = self._attend(x, initial_state=state, return_state=True)
+        return self._project_out(out), state
+
+    def _attend(self, x: Array, **options):
+        config = self.config
+        kv_heads = config.kv_heads
+        q = split_heads(self.query(x), config.num_heads)
+        k, v = (split_heads(layer(x), kv_heads) for layer in (self.key, self.value))
+        return ops.linear_attention(
+            q, k, v,
+            feature_map=config.feature_map, normalize=self.normalize,
+            chunk_size=config.chunk_size, implementation=config.implementation, **options,
+        )  # fmt: skip
+
+    def _project_out(self, heads: Array) -> Array:
+        return self.out(merge_heads(heads if self.norm is None else self.norm(heads)))
