@@ -165,7 +165,7 @@ def _expected(
     operation: OpBenchmark, inputs: Inputs, cotangent: jax.Array | None
 ) -> dict[str, jax.Array]:
     """Output and gradients of the definition, in float32 at full precision."""
-    definition = Implementation(operation.reference)
+    definition = Implementation(lambda **arrays: operation.reference(arrays))
     exact = {name: array.astype(jnp.float32) for name, array in inputs.items()}
     pulled = None if cotangent is None else cotangent.astype(jnp.float32)
     with jax.default_matmul_precision("highest"):
@@ -173,7 +173,7 @@ def _expected(
 
 
 def _cotangent(operation: OpBenchmark, inputs: Inputs) -> jax.Array:
-    out = jax.eval_shape(lambda arrays: operation.reference(**arrays), inputs)
+    out = jax.eval_shape(operation.reference, inputs)
     return jax.random.normal(jax.random.key(operation.seed + 1), out.shape, operation.dtype)
 
 
@@ -195,7 +195,8 @@ def report(results: Mapping[str, Any]) -> Report:
         "the larger of FLOPs over the one and bytes over the other, for the cheapest known form; "
         "arrays that stay in a cache can beat it. "
         f"Errors are relative to the definition in float32, checked up to T = "
-        f"{results['check_up_to']}; beyond {results['tolerance']:g} a result is WRONG and not timed.",
+        f"{results['check_up_to']}; "
+        f"beyond {results['tolerance']:g} a result is WRONG and not timed.",
     ]
     for kind in dict.fromkeys(row["pass"] for row in rows):
         blocks.append(_times_table(results["op"], kind, [r for r in rows if r["pass"] == kind]))

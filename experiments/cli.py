@@ -18,20 +18,18 @@ import lcattn
 from experiments import gin_config, registry
 from experiments.gin_config import UsageError
 
+OPERATIVE = "operative_config.gin"
+
 _FILES = ("--gin_file", "--gin_files")
 _BINDINGS = ("--gin_bindings",)
 
 
-def main(
-    run: Callable[..., Any], argv: Sequence[str] | None = None, *, resumes: bool = False
-) -> int:
+def main(run: Callable[..., Any], argv: Sequence[str] | None = None) -> int:
     """Parses the command line, prepares the run folder and calls `run`.
 
     Args:
       run: called with the arguments that gin gives and `run_dir`, a `Path`.
       argv: arguments, without the program's name. None: those of this process.
-      resumes: the run continues what it finds in its folder. The folder must then hold a run of
-        the same settings, or none.
 
     Returns:
       The exit code.
@@ -44,11 +42,14 @@ def main(
             return 0
         prepared = gin_config.prepare(run, options.gin_file, options.gin_bindings)
         run_dir = options.run_dir or default_run_dir(run, options.gin_file)
-        _record(run_dir, prepared, resumes)
+        if not (run_dir / OPERATIVE).exists():
+            _record(run_dir, prepared)
     except UsageError as error:
         return _fail(error, 2)
     try:
         run(**prepared.arguments, run_dir=run_dir)
+        # Only now for a folder that held a run before: this one may have refused to continue it.
+        _record(run_dir, prepared)
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
     except OSError as error:
@@ -118,19 +119,11 @@ def _print_help(run: Callable[..., Any], files: Sequence[str]) -> None:
         print(f"  --gin.{name}={value!r}")
 
 
-def _record(run_dir: Path, prepared: gin_config.Prepared, resumes: bool) -> None:
-    operative = run_dir / "operative_config.gin"
-    if resumes and operative.exists() and operative.read_text() != prepared.operative:
-        old, new = operative.read_text().splitlines(), prepared.operative.splitlines()
-        changed = [line for line in new if line not in old] or ["a binding less"]
-        raise UsageError(
-            f"{run_dir}: holds a run with other settings (now {changed[0].strip()}); choose another"
-            f" --run_dir, or delete {operative} to continue it with the new ones"
-        )
+def _record(run_dir: Path, prepared: gin_config.Prepared) -> None:
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         (run_dir / "config.gin").write_text(prepared.config)
-        operative.write_text(prepared.operative)
+        (run_dir / OPERATIVE).write_text(prepared.operative)
     except OSError as error:
         raise UsageError(f"run_dir: cannot be written: {error}") from error
 

@@ -147,10 +147,10 @@ class _Verbatim(str):
 
 
 class _KeepText(config_parser.ParserDelegate):
-    def configurable_reference(self, scoped_name: str, evaluate: bool) -> _Verbatim:
-        return _Verbatim(f"@{scoped_name}{'()' if evaluate else ''}")
+    def configurable_reference(self, scoped_configurable_name: str, evaluate: bool) -> Any:
+        return _Verbatim(f"@{scoped_configurable_name}{'()' if evaluate else ''}")
 
-    def macro(self, macro_name: str) -> _Verbatim:
+    def macro(self, macro_name: str) -> Any:
         return _Verbatim(f"%{macro_name}")
 
 

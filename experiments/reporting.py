@@ -134,7 +134,7 @@ def describe_environment(record: Mapping[str, Any]) -> str:
 
 
 def write_results(run_dir: Path, results: Mapping[str, Any]) -> None:
-    """Writes `results.json` whole or not at all. Its key "script" names the module of its report."""
+    """Writes `results.json`, whole or not at all. Its key "script" names who made it."""
     run_dir.mkdir(parents=True, exist_ok=True)
     partial = run_dir / f"{RESULTS}.partial"
     partial.write_text(json.dumps(results, indent=2, allow_nan=False) + "\n")

@@ -11,16 +11,13 @@ import sys
 import types
 import typing
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Any
 
 from beartype.door import is_bearable
 
 from lcattn.errors import argument_error
 
 _TYPE_KEY = "__config__"
-
-# Not `typing.Self`, which the type-checking hook of the tests rejects on methods.
-AnyConfig = TypeVar("AnyConfig", bound="Config")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -57,9 +54,9 @@ class Config:
             if value is not None and not value > 0:
                 raise self.error(field, "a value greater than 0")
 
-    def replace(self: AnyConfig, **changes: Any) -> AnyConfig:
+    def replace[C](self: C, **changes: Any) -> C:
         """A copy with some fields changed, validated again."""
-        return dataclasses.replace(self, **changes)
+        return dataclasses.replace(typing.cast(Any, self), **changes)
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready dictionary from which `from_dict` rebuilds an equal config."""

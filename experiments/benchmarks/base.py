@@ -3,7 +3,7 @@
 import abc
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, override
 
 import jax
 import jax.numpy as jnp
@@ -54,6 +54,7 @@ class OpBenchmark(Config):
     dtype: str = "float32"
     seed: int = 0
 
+    @override
     def validate(self) -> None:
         self.require_positive("batch_size")
         try:
@@ -71,7 +72,7 @@ class OpBenchmark(Config):
         """Shapes of the inputs, by keyword."""
 
     @abc.abstractmethod
-    def reference(self, **inputs: jax.Array) -> jax.Array:
+    def reference(self, inputs: Inputs) -> jax.Array:
         """The definition, in the precision of the inputs."""
 
     @abc.abstractmethod

@@ -3,13 +3,13 @@
 import dataclasses
 import functools
 from collections.abc import Mapping
-from typing import Literal
+from typing import Literal, override
 
 import jax
 import jax.numpy as jnp
 
 from experiments.benchmarks import peers
-from experiments.benchmarks.base import Cost, Implementation, OpBenchmark, visible_pairs
+from experiments.benchmarks.base import Cost, Implementation, Inputs, OpBenchmark, visible_pairs
 from lcattn.ops import linear_attention
 
 
@@ -33,6 +33,7 @@ class LinearAttentionBenchmark(OpBenchmark):
     max_quadratic: int = 4096
     max_recurrent: int = 1024
 
+    @override
     def validate(self) -> None:
         super().validate()
         self.require_positive(
@@ -40,6 +41,7 @@ class LinearAttentionBenchmark(OpBenchmark):
         )
 
     @property
+    @override
     def op(self) -> str:
         return "linear_attention"
 
@@ -49,6 +51,7 @@ class LinearAttentionBenchmark(OpBenchmark):
         F = self.feature_dim
         return 1 + F + F * (F + 1) // 2 if self.feature_map == "taylor" else F
 
+    @override
     def shapes(self, length: int) -> Mapping[str, tuple[int, ...]]:
         lead = (self.batch_size, length, self.num_heads)
         return {
@@ -57,7 +60,8 @@ class LinearAttentionBenchmark(OpBenchmark):
             "v": (*lead, self.head_dim),
         }
 
-    def reference(self, **inputs: jax.Array) -> jax.Array:
+    @override
+    def reference(self, inputs: Inputs) -> jax.Array:
         """The defining sum over all pairs, written apart from the library's own forms."""
         q, k, v = inputs["q"], inputs["k"], inputs["v"]
         if self.feature_map == "elu":
@@ -70,6 +74,7 @@ class LinearAttentionBenchmark(OpBenchmark):
             weights /= weights.sum(axis=-1, keepdims=True)
         return jnp.einsum("bnts,bsnh->btnh", weights, v)
 
+    @override
     def implementations(self) -> Mapping[str, Implementation]:
         ours = functools.partial(linear_attention, feature_map=self.feature_map)
 
@@ -85,6 +90,7 @@ class LinearAttentionBenchmark(OpBenchmark):
             **peers.linear_attention(feature_map=self.feature_map),
         }
 
+    @override
     def forward_cost(self, length: int) -> Cost:
         B, N, H, F = self.batch_size, self.num_heads, self.head_dim, self.feature_dim
         quadratic = 2.0 * visible_pairs(length) * (F + H)

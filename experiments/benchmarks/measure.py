@@ -5,7 +5,7 @@ import functools
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, override
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +28,7 @@ class TimingConfig(Config):
     min_sample_ms: float = 5.0
     max_seconds: float = 10.0
 
+    @override
     def validate(self) -> None:
         self.require_positive("repetitions", "min_sample_ms", "max_seconds")
 

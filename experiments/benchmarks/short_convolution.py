@@ -3,11 +3,12 @@
 import dataclasses
 import functools
 from collections.abc import Mapping
+from typing import override
 
 import jax
 import jax.numpy as jnp
 
-from experiments.benchmarks.base import Cost, Implementation, OpBenchmark
+from experiments.benchmarks.base import Cost, Implementation, Inputs, OpBenchmark
 from lcattn.ops import short_convolution
 
 
@@ -23,23 +24,28 @@ class ShortConvolutionBenchmark(OpBenchmark):
     width: int = 256
     kernel_size: int = 3
 
+    @override
     def validate(self) -> None:
         super().validate()
         self.require_positive("width", "kernel_size")
 
     @property
+    @override
     def op(self) -> str:
         return "short_convolution"
 
+    @override
     def shapes(self, length: int) -> Mapping[str, tuple[int, ...]]:
         return {
             "x": (self.batch_size, length, self.width),
             "weight": (self.width, self.kernel_size),
         }
 
-    def reference(self, **inputs: jax.Array) -> jax.Array:
-        return short_convolution(**inputs, implementation="reference")
+    @override
+    def reference(self, inputs: Inputs) -> jax.Array:
+        return short_convolution(inputs["x"], inputs["weight"], implementation="reference")
 
+    @override
     def implementations(self) -> Mapping[str, Implementation]:
         return {
             "lcattn": Implementation(short_convolution),
@@ -49,6 +55,7 @@ class ShortConvolutionBenchmark(OpBenchmark):
             "jax.lax.conv": Implementation(_xla_convolution),
         }
 
+    @override
     def forward_cost(self, length: int) -> Cost:
         count = self.batch_size * length * self.width
         return Cost(2.0 * count * self.kernel_size, self.element_bytes(2 * count))

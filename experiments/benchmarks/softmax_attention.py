@@ -3,11 +3,12 @@
 import dataclasses
 import functools
 from collections.abc import Mapping
+from typing import override
 
 import jax
 
 from experiments.benchmarks import peers
-from experiments.benchmarks.base import Cost, Implementation, OpBenchmark, visible_pairs
+from experiments.benchmarks.base import Cost, Implementation, Inputs, OpBenchmark, visible_pairs
 from lcattn.ops import softmax_attention
 
 
@@ -29,21 +30,28 @@ class SoftmaxAttentionBenchmark(OpBenchmark):
     window: int | None = None
     max_materialized: int = 4096
 
+    @override
     def validate(self) -> None:
         super().validate()
         self.require_positive("num_heads", "num_kv_heads", "head_dim", "window", "max_materialized")
 
     @property
+    @override
     def op(self) -> str:
         return "softmax_attention"
 
+    @override
     def shapes(self, length: int) -> Mapping[str, tuple[int, ...]]:
         keys = (self.batch_size, length, self.num_kv_heads or self.num_heads, self.head_dim)
         return {"q": (*keys[:2], self.num_heads, self.head_dim), "k": keys, "v": keys}
 
-    def reference(self, **inputs: jax.Array) -> jax.Array:
-        return softmax_attention(**inputs, window=self.window, implementation="reference")
+    @override
+    def reference(self, inputs: Inputs) -> jax.Array:
+        return softmax_attention(
+            inputs["q"], inputs["k"], inputs["v"], window=self.window, implementation="reference"
+        )
 
+    @override
     def implementations(self) -> Mapping[str, Implementation]:
         ours = functools.partial(softmax_attention, window=self.window)
         reach = None if self.window is None else (self.window - 1, 0)
@@ -66,12 +74,14 @@ class SoftmaxAttentionBenchmark(OpBenchmark):
             table["lcattn cudnn"] = Implementation(cudnn)
         return table | peers.softmax_attention(window=self.window)
 
+    @override
     def forward_cost(self, length: int) -> Cost:
         B, N, H = self.batch_size, self.num_heads, self.head_dim
         pairs = B * N * visible_pairs(length, self.window)
         heads = N + (self.num_kv_heads or N)
         return Cost(4.0 * pairs * H, self.element_bytes(2 * B * length * heads * H))
 
+    @override
     def cost(self, length: int, *, backward: bool) -> Cost:
         flops, moved = super().cost(length, backward=backward)
         # Backward is five products for the forward pass's two: the scores are computed again.

@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import torch
+import torch  # pyrefly: ignore[missing-import]  only here where a peer needs it
 
 from experiments.benchmarks.base import Inputs
 from experiments.benchmarks.measure import Program

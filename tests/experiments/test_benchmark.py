@@ -42,8 +42,8 @@ class SquareBenchmark(OpBenchmark):
     def shapes(self, length):
         return {"x": (self.batch_size, length)}
 
-    def reference(self, x):
-        return x**2
+    def reference(self, inputs):
+        return inputs["x"] ** 2
 
     def implementations(self):
         return {
@@ -156,13 +156,12 @@ def test_visible_pairs():
 @pytest.mark.parametrize(
     "operation",
     [
-        SoftmaxAttentionBenchmark(num_heads=2, num_kv_heads=1, head_dim=8),
-        SoftmaxAttentionBenchmark(num_heads=2, head_dim=8, window=8),
+        SoftmaxAttentionBenchmark(num_heads=2, num_kv_heads=1, head_dim=8, window=8),
         LinearAttentionBenchmark(num_heads=2, head_dim=8, feature_dim=4),
         LinearAttentionBenchmark(num_heads=2, head_dim=8, feature_dim=4, feature_map="elu"),
         ShortConvolutionBenchmark(width=8),
     ],
-    ids=["attention", "window", "taylor", "elu", "convolution"],
+    ids=["attention", "taylor", "elu", "convolution"],
 )
 def test_our_implementations_pass_the_check(operation):
     results = driver.measure(operation, (32,), ("forward+backward",), 32, QUICK)
