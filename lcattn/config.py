@@ -45,7 +45,9 @@ class Config:
 
     def error(self, field: str, expected: str) -> ValueError:
         """The error for a field of this config whose value does not fit."""
-        return argument_error(f"{type(self).__name__}.{field}", expected, repr(getattr(self, field)))
+        return argument_error(
+            f"{type(self).__name__}.{field}", expected, repr(getattr(self, field))
+        )
 
     def require_positive(self, *fields: str) -> None:
         """Raises unless each named field is None or greater than zero."""

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, override
 
 import jax
 import jax.numpy as jnp
@@ -51,6 +51,7 @@ class LMConfig(Config):
     init_std: float = 0.02
     remat: bool = False
 
+    @override
     def validate(self) -> None:
         self.require_positive("vocab_size", "width", "num_layers", "init_std")
         if not self.pattern:

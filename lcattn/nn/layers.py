@@ -5,7 +5,7 @@ training room maps them to the axes of a device mesh (`lcattn.training.mesh`).
 """
 
 import dataclasses
-from typing import Any, Self
+from typing import Any, Self, override
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +33,7 @@ class LayerConfig(Config):
     init_std: float | None = None
     output_init_std: float | None = None
 
+    @override
     def validate(self) -> None:
         self.require_positive("width", "init_std", "output_init_std")
         for field in ("dtype", "param_dtype"):
@@ -42,7 +43,9 @@ class LayerConfig(Config):
 
     def inherit(self, parent: "LayerConfig") -> Self:
         """A copy in which each field that is None takes the parent's value."""
-        fields: dict[str, Any] = {f.name: getattr(parent, f.name) for f in dataclasses.fields(LayerConfig)}
+        fields: dict[str, Any] = {
+            f.name: getattr(parent, f.name) for f in dataclasses.fields(LayerConfig)
+        }
         return self.replace(**{k: v for k, v in fields.items() if getattr(self, k) is None})
 
     def require_width(self) -> int:

@@ -1,14 +1,14 @@
 """Linear attention as a token mixer; with Taylor features, the global layer of BASED."""
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal, override
 
 import jax.numpy as jnp
 from flax import nnx
 
 from lcattn import ops
 from lcattn.nn.layers import merge_heads, projection, rms_norm, split_heads
-from lcattn.nn.mixer import Mixer, HeadsConfig, check_stream
+from lcattn.nn.mixer import HeadsConfig, Mixer, check_stream
 from lcattn.ops import LinearAttentionState
 from lcattn.ops.linear_attention.features import is_normalized_by_default
 from lcattn.traits import Traits
@@ -36,6 +36,7 @@ class LinearAttentionConfig(HeadsConfig):
     chunk_size: int | None = None
     implementation: str | None = None
 
+    @override
     def validate(self) -> None:
         super().validate()
         self.require_positive("feature_dim", "chunk_size")
@@ -90,15 +91,13 @@ class LinearAttention(Mixer):
             dtype=jnp.promote_types(config.dtype or "float32", jnp.float32),
         )  # fmt: skip
 
-    def extend(
-        self, x: Hidden, state: LinearAttentionState
-    ) -> tuple[Hidden, LinearAttentionState]:
+    def extend(self, x: Hidden, state: LinearAttentionState) -> tuple[Hidden, LinearAttentionState]:
         """Continues each stream."""
         check_stream(x, state.kv)
         out, state = self._attend(x, initial_state=state, return_state=True)
         return self._project_out(out), state
 
-    def _attend(self, x: Array, **options):
+    def _attend(self, x: Array, **options: Any) -> Any:
         config = self.config
         kv_heads = config.kv_heads
         q = split_heads(self.query(x), config.num_heads)

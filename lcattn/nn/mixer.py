@@ -3,7 +3,7 @@
 import abc
 import dataclasses
 import math
-from typing import Any
+from typing import Any, override
 
 import jax
 import jax.numpy as jnp
@@ -65,7 +65,7 @@ class Mixer(nnx.Module):
         """Continues each stream by the `T` tokens of `x`."""
 
     def state_bytes(self, length: int, dtype: Any = None) -> int:
-        """Bytes of state that one stream of `length` tokens holds, counted from the state itself."""
+        """Bytes of state of one stream of `length` tokens, counted from the state itself."""
         state = jax.eval_shape(lambda: self.init_state(1, length, dtype))
         return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
 
@@ -93,6 +93,7 @@ class HeadsConfig(MixerConfig):
     num_kv_heads: int | None = None
     head_dim: int | None = None
 
+    @override
     def validate(self) -> None:
         super().validate()
         self.require_positive("num_heads", "num_kv_heads", "head_dim")

@@ -1,6 +1,7 @@
 """The gated short convolution (BaseConv of BASED): cheap, exact, local mixing."""
 
 import dataclasses
+from typing import override
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +36,7 @@ class ShortConvolutionConfig(MixerConfig):
     expand: int = 4
     implementation: str | None = None
 
+    @override
     def validate(self) -> None:
         super().validate()
         self.require_positive("kernel_size", "expand")

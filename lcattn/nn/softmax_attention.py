@@ -1,7 +1,7 @@
 """Softmax attention as a token mixer: full or sliding-window, with its key/value cache."""
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal, override
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ from jax import lax
 from lcattn import ops
 from lcattn.errors import argument_error
 from lcattn.nn.layers import merge_heads, projection, rms_norm, split_heads
-from lcattn.nn.mixer import Mixer, HeadsConfig, check_stream, default_positions
+from lcattn.nn.mixer import HeadsConfig, Mixer, check_stream, default_positions
 from lcattn.traits import Traits
 from lcattn.typing import Array, Float, Hidden, Int, Positions, SegmentIds
 
@@ -52,6 +52,7 @@ class SoftmaxAttentionConfig(HeadsConfig):
     qk_norm: bool = False
     implementation: str | None = None
 
+    @override
     def validate(self) -> None:
         super().validate()
         self.require_positive("window", "rope_base", "rope_size")
@@ -158,12 +159,15 @@ class SoftmaxAttention(Mixer):
             )
         return q, k, v
 
-    def _attend(self, q: Array, k: Array, v: Array, **options) -> Array:
+    def _attend(self, q: Array, k: Array, v: Array, **options: Any) -> Any:
         config = self.config
-        slopes = None
-        if config.position_encoding == "alibi":
-            slopes = ops.alibi_slopes(config.num_heads)
+        use_alibi = config.position_encoding == "alibi"
         return ops.softmax_attention(
-            q, k, v,
-            window=config.window, alibi_slopes=slopes, implementation=config.implementation, **options,
-        )  # fmt: skip
+            q,
+            k,
+            v,
+            window=config.window,
+            alibi_slopes=ops.alibi_slopes(config.num_heads) if use_alibi else None,
+            implementation=config.implementation,
+            **options,
+        )

@@ -54,7 +54,9 @@ def choose(
         served = (impl.run for impl in table.values() if impl.objection(**call) is None)
         return next(served)
     if name not in table:
-        raise argument_error("implementation", f"None or one of {sorted(table)} for {op}", repr(name))
+        raise argument_error(
+            "implementation", f"None or one of {sorted(table)} for {op}", repr(name)
+        )
     objection = table[name].objection(**call)
     if objection is not None:
         raise UnsupportedImplementationError(f"{op}: implementation {name!r} {objection}")

@@ -14,12 +14,19 @@ from lcattn.typing import Array, Bool, Int
 
 
 class ChunkMasks(NamedTuple):
-    """Masks of all chunks; leading axis: chunk."""
+    """Masks of all chunks, leading axis: chunk. None stands for all true.
 
-    pair: Bool[Array, "n B C C"]
-    read: Bool[Array, "n B C"]
-    write: Bool[Array, "n B C"]
-    keep: Bool[Array, "n B"]
+    Attributes:
+      pair: whether two tokens of a chunk belong to one document.
+      read: whether a token sees the incoming state.
+      write: whether a token belongs to the outgoing state.
+      keep: whether the incoming state is part of the outgoing one.
+    """
+
+    pair: Bool[Array, "n B C C"] | None = None
+    read: Bool[Array, "n B C"] | None = None
+    write: Bool[Array, "n B C"] | None = None
+    keep: Bool[Array, "n B"] | None = None
 
 
 def owners(ids: Int[Array, "n B C"]) -> tuple[Int[Array, "n B"], Int[Array, "n B"]]:

@@ -1,7 +1,5 @@
 """The short causal convolution that hybrids put between their attention layers."""
 
-from typing import Literal, overload
-
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -12,26 +10,6 @@ from lcattn.ops.segments import owners
 from lcattn.typing import Array, Float, SegmentIds
 
 
-@overload
-def short_convolution(
-    x: Float[Array, "B T D"],
-    weight: Float[Array, "D W"],
-    *,
-    return_state: Literal[False] = False,
-    **options,
-) -> Float[Array, "B T D"]: ...
-
-
-@overload
-def short_convolution(
-    x: Float[Array, "B T D"],
-    weight: Float[Array, "D W"],
-    *,
-    return_state: Literal[True],
-    **options,
-) -> tuple[Float[Array, "B T D"], Float[Array, "B w D"]]: ...
-
-
 def short_convolution(
     x: Float[Array, "B T D"],
     weight: Float[Array, "D W"],
@@ -40,7 +18,7 @@ def short_convolution(
     initial_state: Float[Array, "B w D"] | None = None,
     return_state: bool = False,
     implementation: str | None = None,
-):
+) -> Float[Array, "B T D"] | tuple[Float[Array, "B T D"], Float[Array, "B w D"]]:
     r"""Depth-wise causal convolution over the last W tokens of a document.
 
     Layout `[B,T,D]`; products and sums in float32, output and state in the dtype of `x`.
@@ -86,7 +64,7 @@ def short_convolution(
     if not return_state:
         return y
     state = window[:, T:]
-    if ids is not None:
+    if segment_ids is not None and ids is not None:
         _, last = owners(segment_ids[None])
         state = jnp.where(ids[:, T:, None] == last[0][:, None, None], state, 0)
     return y, state
@@ -105,14 +83,15 @@ def _shifted_products(window: Array, weight: Array, ids: Array | None) -> Array:
     dtype = checks.accumulation_dtype(window.dtype)
     W = weight.shape[1]
     T = window.shape[1] - W + 1
-    total = None
-    for i in range(W):
-        term = weight[:, i].astype(dtype) * window[:, i : i + T].astype(dtype)
-        if ids is not None:
-            own = ids[:, W - 1 :]
-            term = jnp.where(((ids[:, i : i + T] == own) & (own >= 0))[..., None], term, 0)
-        total = term if total is None else total + term
-    return total
+
+    def tap(i: int) -> Array:
+        product = weight[:, i].astype(dtype) * window[:, i : i + T].astype(dtype)
+        if ids is None:
+            return product
+        own = ids[:, W - 1 :]
+        return jnp.where(((ids[:, i : i + T] == own) & (own >= 0))[..., None], product, 0)
+
+    return sum((tap(i) for i in range(1, W)), start=tap(0))
 
 
 def _token_by_token(window: Array, weight: Array, ids: Array | None) -> Array:

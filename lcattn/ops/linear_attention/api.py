@@ -1,10 +1,10 @@
 """The public op: arguments, checks, the normaliser, and the choice of an implementation."""
 
 import dataclasses
-from typing import Literal, overload
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from lcattn.errors import argument_error
 from lcattn.ops import checks, dispatch
@@ -36,28 +36,6 @@ class LinearAttentionState:
     normalizer: Float[Array, "B K D"] | None
 
 
-@overload
-def linear_attention(
-    q: Float[Array, "B T N F"],
-    k: Float[Array, "B S K F"],
-    v: Float[Array, "B S K H"],
-    *,
-    return_state: Literal[False] = False,
-    **options,
-) -> Float[Array, "B T N H"]: ...
-
-
-@overload
-def linear_attention(
-    q: Float[Array, "B T N F"],
-    k: Float[Array, "B S K F"],
-    v: Float[Array, "B S K H"],
-    *,
-    return_state: Literal[True],
-    **options,
-) -> tuple[Float[Array, "B T N H"], LinearAttentionState]: ...
-
-
 def linear_attention(
     q: Float[Array, "B T N F"],
     k: Float[Array, "B S K F"],
@@ -72,7 +50,7 @@ def linear_attention(
     return_state: bool = False,
     chunk_size: int | None = None,
     implementation: str | None = None,
-):
+) -> Float[Array, "B T N H"] | tuple[Float[Array, "B T N H"], LinearAttentionState]:
     r"""Attention whose weights are inner products of features, computed in linear time.
 
     Layout `[B,T,N,H]`; scores, sums and state in float32, output in the dtype of `q`.
@@ -151,7 +129,7 @@ def linear_attention_state(
     *,
     feature_map: FeatureMap = "taylor",
     normalize: bool | None = None,
-    dtype: jnp.dtype = jnp.float32,
+    dtype: DTypeLike = jnp.float32,
 ) -> LinearAttentionState:
     """The state before the first token: zeros of the right shape.
 

@@ -13,8 +13,8 @@ backward carries dS and gives dK and dV, which need no S because O is linear in 
 so the memory of a gradient is the inputs and one state. Normalisation and wide feature maps happen
 outside (`api`), where autodiff handles them.
 
-Arrays inside are cut into n chunks, `[n, B, K, G, C, F]` for queries and `[n, B, K, C, F]` for keys,
-where the G = N/K query heads of a group share a key head. The state is `[B, K, D, H]`.
+Arrays inside are cut into n chunks, `[n, B, K, G, C, F]` for queries and `[n, B, K, C, F]`
+for keys, where the G = N/K query heads of a group share a key head. The state is `[B, K, D, H]`.
 """
 
 import functools
@@ -49,7 +49,7 @@ def attend(
     if ids is None and S % chunk:
         # The tail that fills the last chunk must not be seen: phi(0) is not 0.
         ids = jnp.zeros((B, S), jnp.int32)
-    masks = None
+    masks = ChunkMasks()
     if ids is not None:
         ids = jnp.pad(ids, ((0, 0), (0, -S % chunk)), constant_values=-1)
         masks = chunk_masks(ids.reshape(B, -1, chunk).swapaxes(0, 1))
@@ -137,17 +137,12 @@ def _zero_state(options: _Options, k: Array, v: Array) -> Array:
     return 0 * _write(options, k[..., :1, :], v[..., :1, :], None)
 
 
-def _masks(masks: ChunkMasks | None) -> ChunkMasks:
-    return ChunkMasks(None, None, None, None) if masks is None else masks
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _scan(options, q, k, v, masks, state):
     """Causal outputs `[n,B,K,G,C,H]` and the final state."""
 
     def chunk(state, xs):
         q, k, v, m = xs
-        m = _masks(m)
         out = _inside(options, q, k, v, m.pair) + _read(options, q, state, m.read)
         return _keep(state, m.keep) + _write(options, k, v, m.write), out
 
@@ -165,7 +160,6 @@ def _scan_backward(options, residuals, cotangents):
 
     def query_gradient(state, xs):
         q, k, v, m, d_out = xs
-        m = _masks(m)
 
         def out(q):
             return _inside(options, q, k, v, m.pair) + _read(options, q, state, m.read)
@@ -175,7 +169,6 @@ def _scan_backward(options, residuals, cotangents):
 
     def key_gradient(d_state, xs):
         q, k, v, m, d_out = xs
-        m = _masks(m)
 
         def local(k, v):
             return _inside(options, q, k, v, m.pair), _write(options, k, v, m.write)
@@ -201,7 +194,7 @@ def _sum_over_keys(options, k, v, masks, state):
 
     def step(state, xs):
         k, v, m = xs
-        return state + written(k, v, _masks(m).write), None
+        return state + written(k, v, m.write), None
 
     return lax.scan(step, state, (k, v, masks))[0]
 

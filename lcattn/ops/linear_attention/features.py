@@ -79,9 +79,7 @@ def elu_plus_one(x: Array) -> Array:
     return jnp.where(x > 0, x + 1, jnp.exp(jnp.minimum(x, 0)))
 
 
-def resolve(
-    feature_map: FeatureMap, q: Array, k: Array
-) -> tuple[Similarity, Array, Array]:
+def resolve(feature_map: FeatureMap, q: Array, k: Array) -> tuple[Similarity, Array, Array]:
     """Splits a feature map into what is applied here and what the chunk loop computes itself.
 
     Only Taylor features are formed chunk by chunk: they are ten times wider than q and k. Other

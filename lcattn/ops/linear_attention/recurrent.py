@@ -63,4 +63,3 @@ def attend(
     sums += jnp.where(read[:, :, None, None, None], state[:, None], 0)
     out = jnp.einsum("btkgd,btkdh->btkgh", q_features, sums)
     return out.reshape(B, T, N, -1), final
-

@@ -1,7 +1,5 @@
 """The public op: arguments, checks and the choice of an implementation."""
 
-from typing import Literal, overload
-
 import jax.numpy as jnp
 
 from lcattn.errors import argument_error
@@ -14,18 +12,6 @@ _IMPLEMENTATIONS = {
     "xla": dispatch.Implementation(chunked.attend_xla),
     "reference": dispatch.Implementation(dense.reference),
 }
-
-
-@overload
-def softmax_attention(
-    q: Queries, k: Keys, v: Values, *, return_lse: Literal[False] = False, **options
-) -> Queries: ...
-
-
-@overload
-def softmax_attention(
-    q: Queries, k: Keys, v: Values, *, return_lse: Literal[True], **options
-) -> tuple[Queries, Float[Array, "B T N"]]: ...
 
 
 def softmax_attention(
@@ -42,7 +28,7 @@ def softmax_attention(
     key_position: int | Int[Array, ""] = 0,
     return_lse: bool = False,
     implementation: str | None = None,
-):
+) -> Queries | tuple[Queries, Float[Array, "B T N"]]:
     r"""Softmax attention over all visible keys, or over a sliding window of them.
 
     Layout `[B,T,N,H]`; scores, sums and log-sum-exps in float32, output in the dtype of `q`.

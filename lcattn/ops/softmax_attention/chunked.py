@@ -38,8 +38,7 @@ class _Context(NamedTuple):
 
     query_positions: Array  # [T]
     key_positions: Array  # [S]
-    query_segments: Array | None  # [B,T]
-    key_segments: Array | None  # [B,S]
+    segments: tuple[Array, Array] | None  # of queries [B,T] and keys [B,S]
 
 
 def attend_xla(
@@ -61,8 +60,9 @@ def attend_xla(
         query_positions=_pad(query_position + jnp.arange(T, dtype=jnp.int32), t_block, 0, 0),
         # A negative position marks a key that does not exist, hence also one added as padding.
         key_positions=_pad(key_position + jnp.arange(S, dtype=jnp.int32), s_block, 0, -1),
-        query_segments=None if segment_ids is None else _pad(segment_ids, t_block, 1, -1),
-        key_segments=None if segment_ids is None else _pad(segment_ids, s_block, 1, -1),
+        segments=None
+        if segment_ids is None
+        else (_pad(segment_ids, t_block, 1, -1), _pad(segment_ids, s_block, 1, -1)),
     )
     grouped = q.reshape(*q.shape[:2], K, N // K, F).transpose(0, 2, 3, 1, 4)
     slopes = None if alibi_slopes is None else alibi_slopes.reshape(K, N // K)
@@ -126,15 +126,13 @@ class _Blocks:
         if self.slopes is not None:
             bias = distance_bias(self.slopes.reshape(-1), t, s)
             x += bias.reshape(*self.slopes.shape, *bias.shape[1:])
-        segments = (None, None)
-        if c.query_segments is not None:
+        segments = None
+        if c.segments is not None:
             segments = (
-                _block(c.query_segments, i, self.t_size, 1),
-                _block(c.key_segments, j, self.s_size, 1),
+                _block(c.segments[0], i, self.t_size, 1),
+                _block(c.segments[1], j, self.s_size, 1),
             )
-        seen = visible(
-            t, s, *segments, causal=self.options.causal, window=self.options.window
-        )  # fmt: skip
+        seen = visible(t, s, segments, causal=self.options.causal, window=self.options.window)
         return x, seen[:, None, None]
 
 
@@ -219,12 +217,10 @@ def _backward(options, residuals, cotangents):
         )
         return (dk, dv, d_slopes), dq_block.astype(q.dtype)
 
-    spread = jnp.zeros_like((q[:, :, 0, :1, :1] * d_out[:, :, 0, :1, :1]), dtype)
-    start = (
-        jnp.zeros_like(k, dtype) + spread,
-        jnp.zeros_like(v, dtype) + spread,
-        None if slopes is None else jnp.zeros_like(slopes) + jnp.zeros_like(spread, slopes.dtype)[0, 0, 0, 0],
-    )  # fmt: skip
+    # As above: sums over queries vary over a mesh as q and d_out do.
+    zero = jnp.zeros_like(q[:, :, 0, :1, :1] * d_out[:, :, 0, :1, :1], dtype)
+    d_slopes = None if slopes is None else jnp.zeros_like(slopes) + zero[:1, :1, 0].sum()
+    start = (jnp.zeros_like(k, dtype) + zero, jnp.zeros_like(v, dtype) + zero, d_slopes)
     (dk, dv, d_slopes), dq = lax.scan(
         query_block, start, jnp.arange(blocks.t_count, dtype=jnp.int32)
     )

@@ -22,7 +22,8 @@ def reference(
     t, s = query_position + jnp.arange(T), key_position + jnp.arange(S)
     if alibi_slopes is not None:
         scores += distance_bias(alibi_slopes, t, s)
-    seen = visible(t, s, segment_ids, segment_ids, causal=causal, window=window)[:, None]
+    segments = None if segment_ids is None else (segment_ids, segment_ids)
+    seen = visible(t, s, segments, causal=causal, window=window)[:, None]
     highest = jnp.max(scores, axis=-1, keepdims=True, where=seen, initial=-jnp.inf)
     highest = jax.lax.stop_gradient(jnp.where(jnp.isfinite(highest), highest, 0))
     # Hidden scores are replaced before exp, so that no inf enters the gradient.
@@ -47,7 +48,8 @@ def materialized(
         )
     t = query_position + jnp.arange(q.shape[1])
     s = key_position + jnp.arange(k.shape[1])
-    seen = visible(t, s, segment_ids, segment_ids, causal=causal, window=window)[:, None]
+    segments = None if segment_ids is None else (segment_ids, segment_ids)
+    seen = visible(t, s, segments, causal=causal, window=window)[:, None]
     bias = None if alibi_slopes is None else distance_bias(alibi_slopes, t, s)[None]
     out = jax.nn.dot_product_attention(
         q, k, v, bias=bias, mask=seen, scale=scale, implementation="xla"

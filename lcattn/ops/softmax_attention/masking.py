@@ -8,13 +8,12 @@ from lcattn.typing import Array, Bool, Float, Int
 def visible(
     query_positions: Int[Array, "T"],
     key_positions: Int[Array, "S"],
-    query_segments: Int[Array, "B T"] | None,
-    key_segments: Int[Array, "B S"] | None,
+    segments: tuple[Int[Array, "B T"], Int[Array, "B S"]] | None,
     *,
     causal: bool,
     window: int | None,
 ) -> Bool[Array, "b T S"]:
-    """True where query t sees key s; `b` is 1 without segments.
+    """True where query t sees key s; `b` is 1 without segments (ids of queries and of keys).
 
     `window` counts the keys seen, the query's own included. `causal=True, window=2`::
 
@@ -33,9 +32,9 @@ def visible(
     if window is not None:
         seen &= distance < window
     seen = seen[None]
-    if query_segments is not None:
-        same = query_segments[:, :, None] == key_segments[:, None, :]
-        seen = seen & same & (key_segments[:, None, :] >= 0)
+    if segments is not None:
+        of_queries, of_keys = segments[0][:, :, None], segments[1][:, None, :]
+        seen = seen & (of_queries == of_keys) & (of_keys >= 0)
     return seen
 
 
