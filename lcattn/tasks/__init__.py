@@ -1,0 +1,50 @@
+"""Data: tasks, corpora, and the way from rows to batches.
+
+- tasks a script trains on: `MQARTaskConfig`, `TextTaskConfig` (both make a `Task`);
+- rows: `MQARConfig` (computed), `PackedText` (of `Documents`), `Records` (stored one by one);
+- text: `TextFolderConfig`, `standard_library`, `CorpusConfig` (by name), `ByteTokenizer`;
+- batches: `DataConfig`, `Batches`, `BatchIterator`, `check_batch`;
+- baselines and metrics: `NGramModel`, `accuracy`, `bits_per_byte`.
+
+Builders of tensorflow-datasets are in `lcattn.tasks.tfds_builders`, which is imported on demand.
+"""
+
+from lcattn.tasks.batch import Batch, check_batch
+from lcattn.tasks.corpus import CorpusConfig
+from lcattn.tasks.metrics import accuracy, bits_per_byte
+from lcattn.tasks.mqar import MQAR, PAPER_TEST, PAPER_TRAIN, MQARConfig
+from lcattn.tasks.ngram import NGramModel
+from lcattn.tasks.packing import PackedText, Packing, pack
+from lcattn.tasks.pipeline import Batches, BatchIterator, DataConfig, Records, Source
+from lcattn.tasks.task import MQARTask, MQARTaskConfig, Task, TextTask, TextTaskConfig
+from lcattn.tasks.text import ByteTokenizer, Documents, TextFolderConfig, standard_library
+
+__all__ = [
+    "MQAR",
+    "PAPER_TEST",
+    "PAPER_TRAIN",
+    "Batch",
+    "BatchIterator",
+    "Batches",
+    "ByteTokenizer",
+    "CorpusConfig",
+    "DataConfig",
+    "Documents",
+    "MQARConfig",
+    "MQARTask",
+    "MQARTaskConfig",
+    "NGramModel",
+    "PackedText",
+    "Packing",
+    "Records",
+    "Source",
+    "Task",
+    "TextFolderConfig",
+    "TextTask",
+    "TextTaskConfig",
+    "accuracy",
+    "bits_per_byte",
+    "check_batch",
+    "pack",
+    "standard_library",
+]
