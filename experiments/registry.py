@@ -1,21 +1,36 @@
-"""The config classes that gin knows, by their own names.
+"""What gin knows: config classes, and factories of configs, by their own names.
 
-Everything a .gin file may build is listed here and nowhere else.
+Everything that a .gin file may build is listed here and nowhere else.
 """
 
 from experiments import benchmarks
 from experiments.benchmarks.measure import TimingConfig
 from experiments.gin_config import register
+from lcattn import models, nn, tasks, training
 
-CONFIGS = (
+CONFIGURABLES = (
+    models.LMConfig,
+    nn.LinearAttentionConfig,
+    nn.ShortConvolutionConfig,
+    nn.SoftmaxAttentionConfig,
+    tasks.CorpusConfig,
+    tasks.DataConfig,
+    tasks.MQARConfig,
+    tasks.MQARTaskConfig,
+    tasks.TextFolderConfig,
+    tasks.TextTaskConfig,
+    tasks.standard_library,
+    training.MeshConfig,
+    training.OptimizerConfig,
+    training.TrainConfig,
+    TimingConfig,
     benchmarks.LinearAttentionBenchmark,
     benchmarks.ShortConvolutionBenchmark,
     benchmarks.SoftmaxAttentionBenchmark,
-    TimingConfig,
 )
 
 
 def register_all() -> None:
-    """Makes every config class known to gin."""
-    for config in CONFIGS:
-        register(config)
+    """Makes everything above known to gin."""
+    for configurable in CONFIGURABLES:
+        register(configurable)

@@ -56,9 +56,9 @@ class Config:
             if value is not None and not value > 0:
                 raise self.error(field, "a value greater than 0")
 
-    def replace[C](self: C, **changes: Any) -> C:
+    def replace[C: "Config"](self: C, **changes: Any) -> C:
         """A copy with some fields changed, validated again."""
-        return dataclasses.replace(typing.cast(Any, self), **changes)
+        return dataclasses.replace(self, **changes)
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready dictionary from which `from_dict` rebuilds an equal config."""

@@ -5,7 +5,7 @@ training room maps them to the axes of a device mesh (`lcattn.training.mesh`).
 """
 
 import dataclasses
-from typing import Any, Self, override
+from typing import Any, override
 
 import jax
 import jax.numpy as jnp
@@ -41,7 +41,7 @@ class LayerConfig(Config):
             if value is not None and not _is_float_dtype(value):
                 raise self.error(field, "the name of a floating-point dtype")
 
-    def inherit(self, parent: "LayerConfig") -> Self:
+    def inherit[C: "LayerConfig"](self: C, parent: "LayerConfig") -> C:
         """A copy in which each field that is None takes the parent's value."""
         fields: dict[str, Any] = {
             f.name: getattr(parent, f.name) for f in dataclasses.fields(LayerConfig)

@@ -4,14 +4,14 @@
 - rows: `MQARConfig` (computed), `PackedText` (of `Documents`), `Records` (stored one by one);
 - text: `TextFolderConfig`, `standard_library`, `CorpusConfig` (by name), `ByteTokenizer`;
 - batches: `DataConfig`, `Batches`, `BatchIterator`, `check_batch`;
-- baselines and metrics: `NGramModel`, `accuracy`, `bits_per_byte`.
+- a baseline and a metric: `NGramModel`, `accuracy`.
 
 Builders of tensorflow-datasets are in `lcattn.tasks.tfds_builders`, which is imported on demand.
 """
 
 from lcattn.tasks.batch import Batch, check_batch
 from lcattn.tasks.corpus import CorpusConfig
-from lcattn.tasks.metrics import accuracy, bits_per_byte
+from lcattn.tasks.metrics import accuracy
 from lcattn.tasks.mqar import MQAR, PAPER_TEST, PAPER_TRAIN, MQARConfig
 from lcattn.tasks.ngram import NGramModel
 from lcattn.tasks.packing import PackedText, Packing, pack
@@ -43,7 +43,6 @@ __all__ = [
     "TextTask",
     "TextTaskConfig",
     "accuracy",
-    "bits_per_byte",
     "check_batch",
     "pack",
     "standard_library",

@@ -35,7 +35,8 @@ class CorpusConfig(Config):
         """Reads the documents of one split, `"train"` or `"heldout"`.
 
         Raises:
-          ValueError: if tensorflow-datasets does not know the name, the split or the feature.
+          ValueError: if tensorflow-datasets does not know the name, the split or the feature, or
+            the corpus was prepared in another file format.
           RuntimeError: if the corpus is not prepared, or could not be downloaded.
         """
         import tensorflow_datasets as tfds  # takes a second; only corpora need it
@@ -45,7 +46,7 @@ class CorpusConfig(Config):
         try:
             builder = tfds.builder(self.name, data_dir=self.data_dir, file_format="array_record")
         except ValueError as error:
-            known = f"a data set of tensorflow-datasets, or one in data_dir={self.data_dir!r}"
+            known = f"a data set that tensorflow-datasets knows or has in {self.data_dir!r}"
             raise self.error("name", f"{known} ({_first_line(error)})") from None
         if self.text_key not in builder.info.features:
             raise self.error("text_key", f"one of the features {sorted(builder.info.features)}")
@@ -61,13 +62,8 @@ class CorpusConfig(Config):
                 f"CorpusConfig(name={self.name!r}, data_dir={self.data_dir!r}, "
                 f"text_key={self.text_key!r}, download=True).make('train')"
             ) from None
-        except NotImplementedError:
-            raise RuntimeError(
-                f"corpus {self.name!r} in {builder.data_dir} is not stored as array_record; "
-                "prepare it again with download=True and another data_dir"
-            ) from None
         except ValueError as error:
-            raise self.error(field, f"a split of {self.name!r} ({error})") from None
+            raise self.error(field, f"a split of {self.name!r} ({_first_line(error)})") from None
         return Documents(record[self.text_key] for record in records)
 
 

@@ -1,6 +1,5 @@
 """What is measured on a batch, beside the loss."""
 
-import math
 from typing import Any
 
 import numpy as np
@@ -30,8 +29,3 @@ def accuracy(predictions: Any, batch: Batch) -> float:
         raise argument_error("batch['weights']", "a position that counts", "zeros only")
     right = (weights * (predictions == batch["targets"])).sum(axis=1)
     return float(np.mean(right[total > 0] / total[total > 0]))
-
-
-def bits_per_byte(loss: float, bytes_per_token: float = 1.0) -> float:
-    """Converts a mean loss in nats per token to bits per byte of text."""
-    return loss / math.log(2) / bytes_per_token

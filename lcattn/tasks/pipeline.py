@@ -20,7 +20,8 @@ from lcattn.errors import argument_error
 from lcattn.tasks.batch import Batch
 
 if TYPE_CHECKING:
-    import grain  # imported where it is used: it takes a second, and generators do not need it
+    # Imported where it is used: it takes a second, and making or counting text does not need it.
+    import grain
 
 
 @runtime_checkable
@@ -193,7 +194,8 @@ class Batches(Sequence[Batch]):
     def __getitem__(self, index: slice) -> "Batches": ...
     def __getitem__(self, index: int | slice) -> "Batch | Batches":
         if isinstance(index, slice):
-            return Batches(self.dataset[index], self.fingerprint)
+            part = f"{index.start}:{index.stop}:{index.step}"
+            return Batches(self.dataset[index], f"{self.fingerprint}[{part}]")
         if not -len(self) <= index < len(self):
             raise IndexError(f"batch {index} of {len(self)}")
         batch: Any = self.dataset[index % len(self)]

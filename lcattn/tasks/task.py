@@ -20,15 +20,14 @@ class Task(Protocol):
 
     Attributes:
       vocab_size: token ids lie in `[0, vocab_size)`.
-      metrics: names of what is measured: of "loss", "accuracy" and "bits_per_byte".
-      bytes_per_token: bytes of text that one target stands for; None where tokens are no text.
+      metrics: which of "loss", "accuracy" and "bits_per_byte" mean something here. The last is the
+        mean loss in bits, where each target is a byte of text.
       slices: for each name that `evaluation` gives, the numbers that describe it, such as
         `{"length": 64, "num_pairs": 4}`: the coordinates of plots.
     """
 
     vocab_size: int
     metrics: tuple[str, ...]
-    bytes_per_token: float | None
     slices: dict[str, dict[str, int]]
 
     def train(self) -> BatchIterator:
@@ -80,7 +79,6 @@ class MQARTask:
     """See `MQARTaskConfig` and `Task`."""
 
     metrics = ("loss", "accuracy")
-    bytes_per_token = None
 
     def __init__(self, config: MQARTaskConfig):
         self.config = config
@@ -138,7 +136,6 @@ class TextTask:
 
     vocab_size = ByteTokenizer.vocab_size
     metrics = ("loss", "accuracy", "bits_per_byte")
-    bytes_per_token = 1.0
 
     def __init__(self, config: TextTaskConfig):
         self.config = config

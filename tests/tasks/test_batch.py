@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from lcattn.tasks import Documents, MQARConfig, PackedText, accuracy, bits_per_byte, check_batch
+from lcattn.tasks import Documents, MQARConfig, PackedText, accuracy, check_batch
 
 
 @pytest.fixture
@@ -61,8 +61,3 @@ def test_accuracy_is_averaged_per_row_and_ignores_filler_rows():
         accuracy(predictions[:, 0], batch)
     with pytest.raises(ValueError, match="weights"):
         accuracy(predictions, {**batch, "weights": np.zeros((3, 4), np.float32)})
-
-
-def test_bits_per_byte():
-    assert bits_per_byte(np.log(2) * 3) == pytest.approx(3)
-    assert bits_per_byte(np.log(2) * 3, bytes_per_token=4.0) == pytest.approx(0.75)

@@ -1,5 +1,6 @@
 """Corpora by name: our builders for real, published ones on tensorflow-datasets' mock data."""
 
+import shutil
 import sys
 
 import numpy as np
@@ -94,6 +95,17 @@ def test_wrong_fields_are_named_in_one_line(data_dir, fields, message):
     with pytest.raises(ValueError, match=f"CorpusConfig.{message}") as error:
         CorpusConfig(**fields).make("heldout")
     assert "\n" not in str(error.value)
+
+
+def test_a_corpus_in_a_format_that_needs_tensorflow_is_named(data_dir, tmp_path):
+    shutil.copytree(data_dir[0], tmp_path, dirs_exist_ok=True)
+    info = tmp_path / "lcattn_text_folder/tiny/1.0.0/dataset_info.json"
+    info.write_text(info.read_text().replace('"array_record"', '"tfrecord"'))
+    corpus = CorpusConfig(name="lcattn_text_folder/tiny", data_dir=str(tmp_path))
+    with pytest.raises(
+        ValueError, match=r"CorpusConfig.name: .*format array_record.*\['tfrecord'\]"
+    ):
+        corpus.make("train")
 
 
 def test_a_corpus_that_is_not_prepared_says_what_to_run(tmp_path):

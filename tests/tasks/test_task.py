@@ -10,6 +10,7 @@ from lcattn.tasks import (
     DataConfig,
     MQARConfig,
     MQARTaskConfig,
+    Task,
     TextFolderConfig,
     TextTaskConfig,
     check_batch,
@@ -39,8 +40,9 @@ def text_config(tmp_path):
 
 def test_mqar_task():
     task = TINY.make()
+    assert isinstance(task, Task)
     assert task.vocab_size == 64
-    assert task.bytes_per_token is None
+    assert task.metrics == ("loss", "accuracy")
     iterator = task.train()
     for _ in range(10):
         check_batch(next(iterator), task.vocab_size)
@@ -76,8 +78,9 @@ def test_the_published_task_runs_from_easy_to_hard():
 
 def test_text_task(text_config):
     task = text_config.make()
+    assert isinstance(task, Task)
     assert task.vocab_size == 257
-    assert task.bytes_per_token == 1
+    assert "bits_per_byte" in task.metrics
     check_batch(next(task.train()), 257)
     evaluation = task.evaluation()["heldout"]
     targets = sum(batch["weights"].sum() for batch in evaluation)

@@ -18,7 +18,7 @@ _IMPLEMENTATIONS = {
 }
 
 # Below this length one dense chunk (the quadratic form) beats the chunk loop; see benchmarks/.
-_QUADRATIC_UP_TO = 512
+_QUADRATIC_UP_TO = 256
 _CHUNK = 128
 
 

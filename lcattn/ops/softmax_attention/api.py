@@ -41,7 +41,7 @@ def softmax_attention(
     them, those of its own document (`segment_ids`). The slope m_n of head n is 0 without
     `alibi_slopes`. A query that sees no key gives zeros.
 
-    Time O(T·S), or O(T·window); memory O(T) in both passes above 1024 tokens.
+    Time O(T·S), or O(T·window); memory O(T) in both passes above 512 tokens.
 
     Args:
       q: queries `[B,T,N,H]`.

@@ -22,7 +22,7 @@ from lcattn.ops.softmax_attention.masking import distance_bias, visible
 from lcattn.typing import Array
 
 _BLOCK = 256
-_MATERIALIZE_UP_TO = 1024  # tokens: below this, T·S scores cost little and fuse well
+_MATERIALIZE_UP_TO = 512  # tokens: below this, T·S scores cost little and fuse well
 
 
 class _Options(NamedTuple):
