@@ -24,10 +24,10 @@ _TYPE_KEY = "__config__"
 class Config:
     """Base class. Subclasses are `@dataclass(frozen=True, kw_only=True)` and override `validate`.
 
-    Values are checked against the field annotations when the object is built. Three harmless
-    conversions are made: a list becomes a tuple and an int a float where the field asks for one,
-    because gin and JSON cannot spell the difference; and a dict is frozen, so that configs are
-    hashable and can be static arguments of `jax.jit`.
+    Values are checked against the field annotations when the object is built. Harmless
+    conversions are made first: an int becomes a float where the field asks for one, and lists and
+    dicts become tuples and frozen dicts, because gin and JSON cannot spell the difference and
+    because configs are hashable, to be static arguments of `jax.jit`.
 
     Raises:
       ValueError: naming `Class.field`, the expected type or range, and the value that came.
@@ -106,12 +106,16 @@ class _FrozenDict(dict):
         return _FrozenDict, (dict(self),)
 
 
-def _conversions(value: Any):
+def _frozen(value: Any) -> Any:
+    if isinstance(value, list | tuple) and not hasattr(value, "_fields"):
+        return tuple(_frozen(item) for item in value)
     if isinstance(value, Mapping):
-        value = _FrozenDict(value)
-    yield value
-    if isinstance(value, list):
-        yield tuple(value)
+        return _FrozenDict({key: _frozen(item) for key, item in value.items()})
+    return value
+
+
+def _conversions(value: Any):
+    yield _frozen(value)
     if isinstance(value, int) and not isinstance(value, bool):
         yield float(value)
 
@@ -144,7 +148,7 @@ def _encode(value: Any) -> Any:
 
 def _decode(value: Any) -> Any:
     if isinstance(value, list):
-        return [_decode(item) for item in value]
+        return tuple(_decode(item) for item in value)
     if not isinstance(value, Mapping):
         return value
     fields = {key: _decode(item) for key, item in value.items() if key != _TYPE_KEY}

@@ -64,8 +64,10 @@ def choose(
 
 
 def default_platform() -> str:
-    """Where a computation traced now would run: "cpu", "gpu" or "tpu"."""
+    """Where a computation traced now would run: "gpu", "tpu", or "cpu" for anything else."""
     device = jax.config.jax_default_device
     if device is None:
-        return jax.default_backend()
-    return device if isinstance(device, str) else device.platform
+        name = jax.default_backend()
+    else:
+        name = device if isinstance(device, str) else device.platform
+    return {"gpu": "gpu", "cuda": "gpu", "rocm": "gpu", "tpu": "tpu"}.get(name, "cpu")

@@ -17,9 +17,10 @@ _IMPLEMENTATIONS = {
     "reference": dispatch.Implementation(recurrent.attend),
 }
 
-# Below this length one dense chunk (the quadratic form) beats the chunk loop; see benchmarks/.
-_QUADRATIC_UP_TO = 256
-_CHUNK = 128
+# Tokens a chunk, and the length up to which one chunk (the quadratic form) is faster still; see
+# benchmarks/. A GPU pays for every step of a loop, a CPU for every score.
+_CHUNK = {"cpu": 128, "gpu": 256, "tpu": 256}
+_QUADRATIC_UP_TO = {"cpu": 256, "gpu": 1024, "tpu": 1024}
 
 
 @jax.tree_util.register_dataclass
@@ -152,7 +153,8 @@ def linear_attention_state(
 
 
 def _default_chunk(length: int) -> int:
-    return length if length <= _QUADRATIC_UP_TO else _CHUNK
+    platform = dispatch.default_platform()
+    return length if length <= _QUADRATIC_UP_TO[platform] else _CHUNK[platform]
 
 
 def _merged(state: LinearAttentionState | None, normalize: bool, shape, dtype) -> Array | None:

@@ -16,13 +16,16 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from lcattn.ops import dispatch
 from lcattn.ops.checks import accumulation_dtype
 from lcattn.ops.softmax_attention import dense
 from lcattn.ops.softmax_attention.masking import distance_bias, visible
 from lcattn.typing import Array
 
-_BLOCK = 256
-_MATERIALIZE_UP_TO = 512  # tokens: below this, T·S scores cost little and fuse well
+# Tokens a block, and the length up to which T·S scores cost little and fuse well; see benchmarks/.
+# A GPU pays for every step of a loop, a CPU for every score that causality hides.
+_BLOCK = {"cpu": 256, "gpu": 1024, "tpu": 512}
+_MATERIALIZE_UP_TO = {"cpu": 512, "gpu": 1024, "tpu": 1024}
 
 
 class _Options(NamedTuple):
@@ -31,6 +34,8 @@ class _Options(NamedTuple):
     causal: bool
     window: int | None
     scale: float
+    t_block: int
+    s_block: int
 
 
 class _Context(NamedTuple):
@@ -47,7 +52,8 @@ def attend_xla(
 ) -> tuple[Array, Array | None]:  # fmt: skip
     """The form for any device: materialised when short, blocks otherwise."""
     (_, T, N, F), (S, K), H = q.shape, k.shape[1:3], v.shape[3]
-    if max(T, S) <= _MATERIALIZE_UP_TO and F == H and not return_lse:
+    platform = dispatch.default_platform()
+    if max(T, S) <= _MATERIALIZE_UP_TO[platform] and F == H and not return_lse:
         out = dense.materialized(
             q, k, v, segment_ids=segment_ids, alibi_slopes=alibi_slopes,
             query_position=query_position, key_position=key_position,
@@ -55,7 +61,8 @@ def attend_xla(
         )  # fmt: skip
         return out, None
 
-    t_block, s_block = min(_BLOCK, T), min(_BLOCK, S)
+    block = _BLOCK[platform]
+    t_block, s_block = min(block, T), min(block, S)
     context = _Context(
         query_positions=_pad(query_position + jnp.arange(T, dtype=jnp.int32), t_block, 0, 0),
         # A negative position marks a key that does not exist, hence also one added as padding.
@@ -67,7 +74,7 @@ def attend_xla(
     grouped = q.reshape(*q.shape[:2], K, N // K, F).transpose(0, 2, 3, 1, 4)
     slopes = None if alibi_slopes is None else alibi_slopes.reshape(K, N // K)
     out, lse = _attend(
-        _Options(causal=causal, window=window, scale=scale),
+        _Options(causal, window, scale, t_block, s_block),
         _pad(grouped, t_block, 3, 0),
         _pad(k.transpose(0, 2, 1, 3), s_block, 2, 0),
         _pad(v.transpose(0, 2, 1, 3), s_block, 2, 0),
@@ -98,7 +105,7 @@ class _Blocks:
 
     def __init__(self, options: _Options, q: Array, k: Array, slopes, context: _Context):
         self.options, self.q, self.k, self.slopes, self.context = options, q, k, slopes, context
-        self.t_size, self.s_size = min(_BLOCK, q.shape[3]), min(_BLOCK, k.shape[2])
+        self.t_size, self.s_size = options.t_block, options.s_block
         self.t_count, self.s_count = q.shape[3] // self.t_size, k.shape[2] // self.s_size
         self.dtype = accumulation_dtype(q.dtype)
 
