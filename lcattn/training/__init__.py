@@ -1,7 +1,7 @@
 """Training: optimiser, loss, mesh, checkpoints, metrics, and the loop that joins them."""
 
 from lcattn.training.checkpoint import load_model
-from lcattn.training.config import BatchIterator, Task, TrainConfig, TrainResult
+from lcattn.training.config import TrainConfig, TrainResult
 from lcattn.training.errors import (
     CheckpointError,
     ConfigMismatchError,
@@ -17,7 +17,6 @@ from lcattn.training.metrics import JsonlWriter, MetricWriter, TensorBoardWriter
 from lcattn.training.optimizer import OptimizerConfig
 
 __all__ = [
-    "BatchIterator",
     "CheckpointError",
     "ConfigMismatchError",
     "JsonlWriter",
@@ -27,7 +26,6 @@ __all__ = [
     "NonFiniteLossError",
     "OptimizerConfig",
     "RunLockedError",
-    "Task",
     "TensorBoardWriter",
     "TrainConfig",
     "TrainResult",

@@ -1,9 +1,9 @@
 """Checkpoints: written in the background, all or nothing, and checked when they are read.
 
-A checkpoint is a folder `<run>/checkpoints/<step>` with three items: `model` (parameters and other
-variables), `optimizer` (moments and the step) and `meta` (JSON: the configs, the position of the
-data iterator, the latest metrics, a digest of each array). Orbax writes it under a temporary name
-and renames it when it is whole.
+A checkpoint is a folder `<run>/checkpoints/<step>` of three items: `model` (parameters and other
+variables), `training` (moments, step, random key) and `meta` (JSON: the configs, the position of
+the data iterator, the latest metrics, a digest of each array). Orbax writes it under a temporary
+name and renames it when it is whole.
 """
 
 import dataclasses
@@ -25,7 +25,6 @@ from lcattn.training.mesh import MeshConfig
 from lcattn.training.state import TrainState, Tree, abstract_model
 
 FOLDER = "checkpoints"
-logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,8 +124,7 @@ class Checkpointer:
                 damaged[step] = error
                 continue
             self._set_aside(damaged, step)
-            model, optimizer = items["model"], items["optimizer"]
-            return Restored(step, TrainState(**model, **optimizer), meta)
+            return Restored(step, TrainState(**items["model"], **items["training"]), meta)
         if damaged:
             raise CheckpointError(f"no checkpoint in {self.directory} is whole: {_list(damaged)}")
         return None
@@ -232,13 +230,19 @@ def _digest(array: jax.Array) -> jax.Array:
 def _items(state: TrainState) -> dict[str, Tree]:
     return {
         "model": {"params": state.params, "model_state": state.model_state},
-        "optimizer": {"step": state.step, "opt_state": state.opt_state},
+        "training": {"step": state.step, "opt_state": state.opt_state, "rng": state.rng},
     }
 
 
 def _manager(directory: Path, **options: Any) -> ocp.CheckpointManager:
+    logging.getLogger("absl").addFilter(_is_not_a_failed_thread)
     options = {"save_decision_policy": checkpoint_managers.FixedIntervalPolicy(1), **options}
     return ocp.CheckpointManager(directory, options=ocp.CheckpointManagerOptions(**options))
+
+
+def _is_not_a_failed_thread(record: logging.LogRecord) -> bool:
+    # Each thread of Orbax that fails logs a stack trace. The error itself reaches the caller.
+    return not (record.exc_info and "orbax" in record.pathname)
 
 
 def _read_meta(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
@@ -264,7 +268,7 @@ def _newest(directory: Path) -> int | None:
 
 
 def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).partition('\n')[0][:500]}"
+    return f"{type(error).__name__}: {str(error).partition('\n')[0]}"
 
 
 def _list(damaged: Mapping[int, Exception]) -> str:

@@ -1,7 +1,7 @@
 """Loss and accuracy over held-out slices."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -14,14 +14,16 @@ from lcattn.training.mesh import MeshConfig, replicated, shard_batch
 from lcattn.training.state import ModelDef, Tree
 from lcattn.training.step import make_eval_step
 
+METRICS = ("loss", "accuracy", "bits_per_byte")
+
 Slices = Mapping[str, Iterable[Mapping[str, Any]]]
 
 
 class Evaluator:
     """Evaluates parameters as they change; compiles once per shape of batch."""
 
-    def __init__(self, model_def: ModelDef, mesh: Mesh):
-        self._mesh = mesh
+    def __init__(self, model_def: ModelDef, mesh: Mesh, metrics: Sequence[str] = METRICS):
+        self._mesh, self._metrics = mesh, metrics
         self._step = jax.jit(make_eval_step(model_def), donate_argnums=3)
 
     def __call__(self, params: Tree, model_state: Tree, slices: Slices) -> dict[str, float]:
@@ -31,16 +33,20 @@ class Evaluator:
             sums = jax.device_put(LossSums.zeros(), replicated(self._mesh))
             for batch in batches:
                 sums = self._step(params, model_state, device_batch(batch, self._mesh), sums)
-            metrics |= {f"{name}/{key}": value for key, value in _means(name, sums).items()}
+            means = _means(name, sums)
+            metrics |= {f"{name}/{metric}": means[metric] for metric in self._metrics}
         return metrics
 
 
-def evaluate(model: nnx.Module, slices: Slices) -> dict[str, float]:
+def evaluate(
+    model: nnx.Module, slices: Slices, metrics: Sequence[str] = METRICS
+) -> dict[str, float]:
     """Evaluates a model, where its parameters live.
 
     Args:
-      model: called as `model(tokens, segment_ids=...)`.
+      model: called as `model(tokens, segment_ids=..., rng=None)`.
       slices: batches by the name of the slice, as `task.evaluation()` gives them.
+      metrics: which to compute, as in `task.metrics`.
 
     Returns:
       For each slice, `slice/loss` (mean nats per token), `slice/accuracy` (share of tokens whose
@@ -53,7 +59,7 @@ def evaluate(model: nnx.Module, slices: Slices) -> dict[str, float]:
     if not isinstance(mesh, Mesh):  # Never trained here: whole, on one device.
         mesh = MeshConfig().make(list(sharding.device_set))
     with jax.set_mesh(mesh):
-        return Evaluator(ModelDef.of(model), mesh)(params, model_state, slices)
+        return Evaluator(ModelDef.of(model), mesh, metrics)(params, model_state, slices)
 
 
 def device_batch(batch: Mapping[str, Any], mesh: Mesh) -> dict[str, jax.Array]:

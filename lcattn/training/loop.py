@@ -2,7 +2,7 @@
 
 import collections
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,9 @@ from jax.sharding import Mesh
 
 from lcattn.config import Config
 from lcattn.errors import argument_error
+from lcattn.tasks import Task
 from lcattn.training.checkpoint import Checkpointer
-from lcattn.training.config import Task, TrainConfig, TrainResult
+from lcattn.training.config import TrainConfig, TrainResult
 from lcattn.training.errors import NonFiniteLossError, TrainingInterrupted
 from lcattn.training.evaluation import Evaluator, device_batch
 from lcattn.training.metrics import JsonlWriter, MetricWriter, TensorBoardWriter
@@ -91,12 +92,12 @@ class _Run:
     ):
         self.config, self.mesh = config, mesh
         self.slices = task.evaluation()
-        _check_stop_when(config, self.slices)
+        _check_stop_when(config, self.slices, task.metrics)
         optimizer, schedule = config.optimizer.make(config.num_steps)
         model_def, params, model_state = abstract_model(model_config, mesh)
         target = abstract_state(params, model_state, optimizer, mesh)
         self.model_def = model_def
-        self.evaluator = Evaluator(model_def, mesh)
+        self.evaluator = Evaluator(model_def, mesh, task.metrics)
         train_step = make_train_step(
             model_def,
             optimizer,
@@ -107,8 +108,6 @@ class _Run:
         self.train_step = jit_train_step(train_step, target)
 
         configs = {"model": model_config.to_dict(), "train": config.trajectory()}
-        if isinstance(task_config := getattr(task, "config", None), Config):
-            configs["task"] = task_config.to_dict()
         self.checkpointer = Checkpointer(run_dir, configs, config.keep)
         self.data = task.train()
         self.step, self.finished, self.latest = 0, False, {}
@@ -186,6 +185,7 @@ class _Run:
         for output in (*self.writers, self.timing, self.progress):
             if output is not None:
                 output.close()
+        self.data.close()
         self.checkpointer.close()
 
     def _next_batch(self) -> Mapping[str, Any]:
@@ -245,7 +245,7 @@ def _is_due(step: int, every: int | None) -> bool:
     return every is not None and step % every == 0
 
 
-def _check_stop_when(config: TrainConfig, slices: Mapping[str, Any]) -> None:
-    for name in config.stop_when:
-        if name.rpartition("/")[0] not in slices:
-            raise config.error("stop_when", f"slices of the task ({', '.join(slices)})")
+def _check_stop_when(config: TrainConfig, slices: Iterable[str], metrics: Iterable[str]) -> None:
+    names = [f"{name}/{metric}" for name in slices for metric in metrics]
+    if not set(config.stop_when) <= set(names):
+        raise config.error("stop_when", f"keys among {', '.join(names)}")

@@ -9,7 +9,7 @@ import dataclasses
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, override
 
 import jax
 import numpy as np
@@ -41,6 +41,7 @@ class MeshConfig(Config):
     data: int = -1
     fsdp: int = 1
 
+    @override
     def validate(self) -> None:
         for field in ("data", "fsdp"):
             if getattr(self, field) < 1 and getattr(self, field) != -1:

@@ -1,7 +1,7 @@
 """AdamW as language models are trained with it: warm-up, decay, clipping, masked weight decay."""
 
 import dataclasses
-from typing import Any, Literal
+from typing import Any, Literal, override
 
 import jax
 import optax
@@ -41,6 +41,7 @@ class OptimizerConfig(Config):
     epsilon: float = 1e-8
     clip_norm: float | None = 1.0
 
+    @override
     def validate(self) -> None:
         self.require_positive("learning_rate", "epsilon", "clip_norm", "decay_steps")
         if self.warmup_steps < 0:

@@ -23,15 +23,16 @@ class TrainState:
     Attributes:
       step: updates made so far, an int32 scalar.
       params: the model's `nnx.Param` values.
-      model_state: its other variables. Random streams (`nnx.Rngs`) are among them, so randomness
-        in a model continues exactly where a checkpoint left it.
+      model_state: its other variables, e.g. random streams that it keeps (`nnx.Rngs`).
       opt_state: the optimiser's moments and counts.
+      rng: the key from which each step derives its own.
     """
 
     step: Tree
     params: Tree
     model_state: Tree
     opt_state: Tree
+    rng: Tree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,8 +85,10 @@ def abstract_state(
         params,
         transform_non_params=lambda leaf: _place(leaf, everywhere),
     )
-    step = jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere)
-    return TrainState(step, params, model_state, opt_state)
+    step, rng = jax.eval_shape(lambda: (jnp.int32(0), jax.random.key(0)))
+    return TrainState(
+        _place(step, everywhere), params, model_state, opt_state, _place(rng, everywhere)
+    )
 
 
 def init_state(
@@ -94,8 +97,9 @@ def init_state(
     """A new state, each array made where `target` says it lives."""
 
     def init() -> TrainState:
-        params, model_state = ModelDef.split(model_config.make(nnx.Rngs(seed)))
-        return TrainState(jnp.int32(0), params, model_state, optimizer.init(params))
+        model_key, rng = jax.random.split(jax.random.key(seed))
+        params, model_state = ModelDef.split(model_config.make(nnx.Rngs(model_key)))
+        return TrainState(jnp.int32(0), params, model_state, optimizer.init(params), rng)
 
     return jax.jit(init, out_shardings=shardings_of(target))()
 

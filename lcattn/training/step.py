@@ -27,7 +27,8 @@ def make_train_step(
     """One update: gradients of the mean loss over the batch's weighted tokens, then the optimiser.
 
     Args:
-      model_def: the model; called as `model(tokens, segment_ids=...)`.
+      model_def: the model; called as `model(tokens, segment_ids=..., rng=...)`, with a new key in
+        each step.
       optimizer: updates the parameters.
       schedule: its learning rate, for the metrics.
       num_microbatches: the batch is taken in this many parts one after another, to save memory.
@@ -35,26 +36,24 @@ def make_train_step(
       z_loss: weight of the mean of `log(Z)**2` in the objective.
     """
 
-    def objective(params: Tree, model_state: Tree, batch: Batch, weight: jax.Array):
-        sums, model_state = apply(model_def, params, model_state, batch)
+    def objective(params: Tree, model_state: Tree, batch: Batch, rng: jax.Array, weight: jax.Array):
+        sums, model_state = apply(model_def, params, model_state, batch, rng)
         return per_token(sums.loss + z_loss * sums.z, weight), (sums, model_state)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         weight = batch["weights"].astype(jnp.float32).sum()
 
-        def add_gradients(carry, microbatch):
+        def add_gradients(carry, part):
             grads, sums, model_state = carry
             (_, (more, model_state)), new = jax.value_and_grad(objective, has_aux=True)(
-                state.params, model_state, microbatch, weight
+                state.params, model_state, *part, weight
             )
             return (jax.tree.map(jnp.add, grads, new), sums + more, model_state), None
 
-        carry = (jax.tree.map(jnp.zeros_like, state.params), LossSums.zeros(), state.model_state)
-        if num_microbatches == 1:
-            carry, _ = add_gradients(carry, batch)
-        else:
-            carry, _ = jax.lax.scan(add_gradients, carry, split_batch(batch, num_microbatches))
-        grads, sums, model_state = carry
+        rng = jax.random.fold_in(state.rng, state.step)
+        parts = split_batch(batch, num_microbatches), jax.random.split(rng, num_microbatches)
+        nothing = (jax.tree.map(jnp.zeros_like, state.params), LossSums.zeros(), state.model_state)
+        (grads, sums, model_state), _ = jax.lax.scan(add_gradients, nothing, parts)
 
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
@@ -66,7 +65,7 @@ def make_train_step(
             "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
             "finite": jnp.isfinite(loss) & jnp.isfinite(grad_norm),
         }
-        return TrainState(state.step + 1, params, model_state, opt_state), metrics
+        return TrainState(state.step + 1, params, model_state, opt_state, state.rng), metrics
 
     return train_step
 
@@ -84,19 +83,22 @@ def make_eval_step(model_def: ModelDef) -> EvalStep:
     """Adds a batch's sums to those so far, so that an evaluation reads the device once."""
 
     def eval_step(params: Tree, model_state: Tree, batch: Batch, sums: LossSums) -> LossSums:
-        more, _ = apply(model_def, params, model_state, batch, training=False)
+        more, _ = apply(model_def, params, model_state, batch, rng=None)
         return sums + more
 
     return eval_step
 
 
 def apply(
-    model_def: ModelDef, params: Tree, model_state: Tree, batch: Batch, *, training: bool = True
+    model_def: ModelDef, params: Tree, model_state: Tree, batch: Batch, rng: jax.Array | None
 ) -> tuple[LossSums, Tree]:
-    """The loss sums of a batch, and the model's other variables after the call."""
+    """The loss sums of a batch, and the model's other variables after the call.
+
+    With an `rng` the model is in training, without one in evaluation.
+    """
     model: Any = model_def.merge(params, model_state)
-    model.train() if training else model.eval()  # Switches dropout and the like.
-    logits = model(batch["tokens"], segment_ids=batch.get("segment_ids"))
+    model.eval() if rng is None else model.train()  # Switches layers such as nnx.Dropout.
+    logits = model(batch["tokens"], segment_ids=batch.get("segment_ids"), rng=rng)
     _, model_state = ModelDef.split(model)
     return cross_entropy(logits, batch["targets"], batch["weights"]), model_state
 

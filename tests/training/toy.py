@@ -1,6 +1,7 @@
 """The smallest model and task with the signatures that training relies on."""
 
 import dataclasses
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -20,8 +21,10 @@ class ToyLM(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(vocab_size), axes=("vocab",))
         self.dropout = nnx.Dropout(dropout, rngs=rngs) if dropout else None
 
-    def __call__(self, tokens, segment_ids=None):
+    def __call__(self, tokens, segment_ids=None, *, rng=None):
         x = jnp.tanh(self.embedding[tokens])
+        if rng is not None and self.dropout is not None:
+            x += 0.01 * jax.random.normal(rng, x.shape)
         if self.dropout is not None:
             x = self.dropout(x)
         return x @ self.head[...] + self.bias[...]
@@ -65,6 +68,9 @@ class Batches:
             "example_ids": ids,
         }
 
+    def close(self):
+        pass
+
     def get_state(self):
         return {"index": self.index}
 
@@ -74,6 +80,8 @@ class Batches:
 
 class ToyTask:
     vocab_size = 11
+    metrics = ("loss", "accuracy")
+    slices: ClassVar = {"short": {"length": 6}, "long": {"length": 6}}
 
     def __init__(self, spoil_at=None):
         self.spoil_at = spoil_at
