@@ -8,15 +8,17 @@ Exit codes: 0 done, 1 the run failed, 2 a mistake in the command line, config or
 import argparse
 import difflib
 import inspect
+import json
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 import lcattn
 from experiments import gin_config, registry
 from experiments.gin_config import UsageError
+from lcattn.config import Config
 
 OPERATIVE = "operative_config.gin"
 
@@ -123,9 +125,19 @@ def _record(run_dir: Path, prepared: gin_config.Prepared) -> None:
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         (run_dir / "config.gin").write_text(prepared.config)
+        (run_dir / "arguments.json").write_text(_json(prepared.arguments))
         (run_dir / OPERATIVE).write_text(prepared.operative)
     except OSError as error:
         raise UsageError(f"run_dir: cannot be written: {error}") from error
+
+
+def _json(arguments: Mapping[str, Any]) -> str:
+    """All that a run was called with, down to defaults that gin's own record leaves out."""
+
+    def encode(value: Any) -> Any:
+        return value.to_dict() if isinstance(value, Config) else str(value)
+
+    return json.dumps(arguments, indent=2, default=encode) + "\n"
 
 
 def _is_ours(error: BaseException) -> bool:

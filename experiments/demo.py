@@ -175,7 +175,10 @@ def _loss_figure(models: Mapping[str, Any]) -> Figure:
                 title=title,
                 xlabel="step",
                 ylabel="loss (nats per token)",
-                series=[series(n, runs[kind]["curves"]["train/loss"]) for n, runs in models.items()],
+                series=[
+                    series(name, runs[kind]["curves"]["train/loss"])
+                    for name, runs in models.items()
+                ],
             )
             for kind, title in (("text", "text"), ("recall", "recall"))
         ],

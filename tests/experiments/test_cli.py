@@ -1,6 +1,7 @@
 """The command line: what it accepts, what it records, and one clear line for every mistake."""
 
 import dataclasses
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -82,6 +83,8 @@ def test_files_bindings_and_run_folder(call, tmp_path):
     given = (tmp_path / "out/config.gin").read_text()
     assert "PlantConfig.leaves" not in given
     assert "DAYS = 2" in given
+    arguments = json.loads((tmp_path / "out/arguments.json").read_text())
+    assert Config.from_dict(arguments["plant"]) == plant
 
 
 def test_operative_config_is_a_config_of_the_same_run(call):
