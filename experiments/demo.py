@@ -19,6 +19,7 @@ from experiments import cli, reporting
 from experiments.figures import Figure, Panel, Series
 from experiments.reporting import Report, Table, show_bytes
 from experiments.train import series, train_and_record
+from lcattn.errors import argument_error
 from lcattn.models import LM, LMConfig, generate
 from lcattn.tasks import ByteTokenizer, MQARTaskConfig, NGramModel, TextTask, TextTaskConfig
 from lcattn.training import TrainConfig
@@ -28,7 +29,8 @@ _BASELINES = {"bigram counts": 2, "trigram counts": 3}
 
 def demo(
     *,
-    models: Mapping[str, LMConfig],
+    text_models: Mapping[str, LMConfig],
+    recall_models: Mapping[str, LMConfig],
     text: TextTaskConfig,
     text_training: TrainConfig,
     recall: MQARTaskConfig,
@@ -40,7 +42,8 @@ def demo(
     """Trains small models on text and on recall, and compares them.
 
     Args:
-      models: what to compare, by name; the last one writes the sample.
+      text_models: what to compare on text, by name; the last one writes the sample.
+      recall_models: what to compare on recall, by the same names.
       text: the text; count models are fitted on the same.
       text_training: the runs on text.
       recall: associative recall.
@@ -49,22 +52,27 @@ def demo(
       sample_bytes: length of the sample.
       run_dir: receives a folder for each run, `results.json`, `report.md` and figures.
     """
+    if list(text_models) != list(recall_models):
+        raise argument_error(
+            "demo.recall_models", f"the names {list(text_models)}", f"{list(recall_models)}"
+        )
     console, start = Console(), time.monotonic()
     environment = reporting.environment()
     text_task, recall_task = text.make(), recall.make()
-    records: dict[str, dict[str, Any]] = {name: {} for name in models}
+    records: dict[str, dict[str, Any]] = {name: {} for name in text_models}
     sample = ""
-    for name, config in models.items():
+    for name, config in recall_models.items():
         console.rule(f"{name}: associative recall")
         _, records[name]["recall"] = train_and_record(
             recall_task, config, recall_training, run_dir / "recall" / _folder(name)
         )
-    for name, config in models.items():
+    for name, config in text_models.items():
         console.rule(f"{name}: text")
         model, records[name]["text"] = train_and_record(
             text_task, config, text_training, run_dir / "text" / _folder(name)
         )
-        sample = continue_text(model, prompt, sample_bytes)
+        if name == list(text_models)[-1]:
+            sample = continue_text(model, prompt, sample_bytes)
     results = {
         "script": "demo",
         "environment": environment,
@@ -75,7 +83,7 @@ def demo(
             "train_bytes": int(text_task.train_documents.data.size),
             "heldout_bytes": int(text_task.heldout_documents.data.size),
         },
-        "sample": {"model": list(models)[-1], "prompt": prompt, "text": sample},
+        "sample": {"model": list(text_models)[-1], "prompt": prompt, "text": sample},
     }
     reporting.write_results(run_dir, results)
     page = report(results)
@@ -97,9 +105,7 @@ def count_models(task: TextTask) -> dict[str, float]:
 def continue_text(model: LM, prompt: str, num_bytes: int) -> str:
     """The prompt and a sampled continuation, read and written through the model's state."""
     tokens = jnp.asarray(ByteTokenizer().encode(prompt))[None]
-    out = generate(
-        model, tokens, num_bytes, rng=jax.random.key(0), temperature=0.7, top_p=0.95
-    )
+    out = generate(model, tokens, num_bytes, rng=jax.random.key(0), temperature=0.7, top_p=0.95)
     return ByteTokenizer().decode(out[0].tolist())
 
 

@@ -1,6 +1,6 @@
 """Trains a language model on a task, or continues the run it finds in its folder.
 
-    python -m experiments.train --gin_file=lm/tiny.gin --gin.NUM_STEPS=100 --run_dir=runs/x
+python -m experiments.train --gin_file=lm/tiny.gin --gin.NUM_STEPS=100 --run_dir=runs/x
 """
 
 import math
@@ -17,7 +17,7 @@ from experiments.figures import Figure, Panel, Series
 from experiments.reporting import Report, Table, show_bytes
 from lcattn.errors import argument_error
 from lcattn.models import LM, LMConfig
-from lcattn.tasks import MQARTaskConfig, Task, TextTaskConfig
+from lcattn.tasks import MQARTask, MQARTaskConfig, TextTask, TextTaskConfig
 from lcattn.training import TrainConfig, read_jsonl
 from lcattn.training import train as run_training
 
@@ -45,7 +45,7 @@ def train(
 
 
 def train_and_record(
-    task: Task, model: LMConfig, training: TrainConfig, run_dir: Path
+    task: MQARTask | TextTask, model: LMConfig, training: TrainConfig, run_dir: Path
 ) -> tuple[LM, dict[str, Any]]:
     """Trains, and gives the model and what a report says of the run, ready for JSON."""
     if model.vocab_size < task.vocab_size:
@@ -53,6 +53,7 @@ def train_and_record(
             "LMConfig.vocab_size", f"at least the task's {task.vocab_size}", model.vocab_size
         )
     result = run_training(task, model, training, run_dir)
+    assert isinstance(result.model, LM)  # what LMConfig makes
     length = max(numbers["length"] for numbers in task.slices.values())
     speeds = [line["tokens_per_second"] for line in read_jsonl(run_dir / "timing.jsonl")]
     parameters = jax.tree.leaves(nnx.state(result.model, nnx.Param))

@@ -72,7 +72,7 @@ class OpBenchmark(Config):
         """Shapes of the inputs, by keyword."""
 
     @abc.abstractmethod
-    def reference(self, inputs: Inputs) -> jax.Array:
+    def reference(self, inputs: Inputs) -> Any:
         """The definition, in the precision of the inputs."""
 
     @abc.abstractmethod

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Mapping
-from typing import override
+from typing import Any, override
 
 import jax
 
@@ -46,7 +46,7 @@ class SoftmaxAttentionBenchmark(OpBenchmark):
         return {"q": (*keys[:2], self.num_heads, self.head_dim), "k": keys, "v": keys}
 
     @override
-    def reference(self, inputs: Inputs) -> jax.Array:
+    def reference(self, inputs: Inputs) -> Any:
         return softmax_attention(
             inputs["q"], inputs["k"], inputs["v"], window=self.window, implementation="reference"
         )

@@ -55,7 +55,9 @@ def test_a_shipped_config_builds_what_its_script_needs(file):
         if isinstance(value, OpBenchmark):
             out = jax.eval_shape(value.reference, value.inputs(8))
             for implementation in value.implementations().values():
-                assert jax.eval_shape(lambda i, f=implementation: f.run(**i), value.inputs(8)) == out
+                assert (
+                    jax.eval_shape(lambda i, f=implementation: f.run(**i), value.inputs(8)) == out
+                )
 
 
 @pytest.mark.parametrize("file", FILES)

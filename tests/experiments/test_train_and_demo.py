@@ -9,7 +9,6 @@ from experiments.demo import demo
 from experiments.train import curves, train
 
 
-
 @pytest.fixture
 def texts(tmp_path):
     folder = tmp_path / "texts"
@@ -64,10 +63,11 @@ VOCAB = 32
 def test_demo(tmp_path, texts, capsys):
     (tmp_path / "small.gin").write_text(f"""
 include "demo.gin"
-demo.models = {{"one": @hybrid/LMConfig()}}
+demo.text_models = {{"one": @text/hybrid/LMConfig()}}
+demo.recall_models = {{"one": @recall/hybrid/LMConfig()}}
 demo.sample_bytes = 4
 demo.prompt = "abc"
-hybrid/LMConfig.pattern = ("convolution",)
+HYBRID = ("convolution",)
 LMConfig.width = 8
 LMConfig.num_layers = 1
 TextTaskConfig.corpus = @TextFolderConfig()
