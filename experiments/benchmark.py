@@ -10,7 +10,7 @@ import itertools
 import math
 import statistics
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -236,8 +236,7 @@ def _curves(rows: list[dict[str, Any]]) -> dict[str, dict[int, float]]:
     """Time against length, of each implementation that was timed."""
     curves: dict[str, dict[int, float]] = {}
     for row in rows:
-        if "ms" in row:
-            time = row["device_ms"] or row["ms"]["median"]
+        if (time := _time(row)) is not None:
             curves.setdefault(row["implementation"], {})[row["length"]] = time
     return curves
 
@@ -265,29 +264,37 @@ def _crossovers(rows: list[dict[str, Any]]) -> Iterator[tuple[str, int, str, str
 
 
 def _plots(rows: list[dict[str, Any]]) -> Iterator[Figure]:
-    for name, unit, caption, value in (
+    for name, ylabel, caption, value in (
         ("time", "time (ms)", "Time of one call against length.", _time),
         ("memory", "memory beside inputs and outputs (MiB)", "Memory against length.", _memory),
     ):
-        panels = []
-        for kind in dict.fromkeys(row["pass"] for row in rows):
-            points: dict[str, list[tuple[int, float]]] = {}
-            for row in rows:
-                if row["pass"] == kind and (y := value(row)):
-                    points.setdefault(row["implementation"], []).append((row["length"], y))
-            series = [
-                Series(label=label, x=[p[0] for p in xy], y=[p[1] for p in xy])
-                for label, xy in points.items()
-            ]
-            if series:
-                panels.append(
-                    Panel(
-                        title=kind, xlabel="length T (tokens)", ylabel=unit, series=series,
-                        xscale="log2", yscale="log",
-                    )
-                )  # fmt: skip
-        if panels:
+        panels = [
+            Panel(
+                title=kind,
+                xlabel="length T (tokens)",
+                ylabel=ylabel,
+                series=_series([row for row in rows if row["pass"] == kind], value),
+                xscale="log2",
+                yscale="log",
+            )
+            for kind in dict.fromkeys(row["pass"] for row in rows)
+        ]
+        if any(panel.series for panel in panels):
             yield Figure(name=name, caption=caption, panels=panels)
+
+
+def _series(
+    rows: list[dict[str, Any]], value: Callable[[Mapping[str, Any]], float | None]
+) -> list[Series]:
+    """A curve for each implementation that has values."""
+    points: dict[str, list[tuple[int, float]]] = {}
+    for row in rows:
+        if y := value(row):
+            points.setdefault(row["implementation"], []).append((row["length"], y))
+    return [
+        Series(label=label, x=[x for x, _ in xy], y=[y for _, y in xy])
+        for label, xy in points.items()
+    ]
 
 
 def _time(row: Mapping[str, Any]) -> float | None:
