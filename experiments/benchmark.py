@@ -207,6 +207,21 @@ def report(results: Mapping[str, Any]) -> Report:
     return Report(title=f"Benchmark of {results['op']}", blocks=[*blocks, *_plots(rows)])
 
 
+def longest(results: Mapping[str, Any]) -> list[list[Any]]:
+    """A row for each implementation and pass, at the longest T that it was timed at."""
+    last: dict[tuple[str, str], Mapping[str, Any]] = {}
+    for row in results["rows"]:
+        if "ms" in row:
+            last[row["implementation"], row["pass"]] = row
+    return [
+        [
+            results["op"], name, kind, row["length"], row["device_ms"] or row["ms"]["median"],
+            f"{100 * row['floor_share']:.3g} %", show_bytes(row["temp_bytes"] or 0), row["status"],
+        ]
+        for (name, kind), row in last.items()
+    ]  # fmt: skip
+
+
 def _times_table(op: str, kind: str, rows: list[dict[str, Any]]) -> Table:
     growth = _growth(rows)
     header = (
