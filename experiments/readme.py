@@ -78,12 +78,12 @@ def mechanisms() -> str:
 
 
 def mixer_configs() -> Iterator[MixerConfig]:
-    """The default config of every mixer that the library exports, and its variants of note."""
+    """The default config of every mixer that the library exports."""
     for name in sorted(lcattn.nn.__all__):
         cls = getattr(lcattn.nn, name)
-        if isinstance(cls, type) and issubclass(cls, MixerConfig):
-            with contextlib.suppress(TypeError):  # The base classes build nothing.
-                yield cls(width=_WIDTH)
+        is_config = isinstance(cls, type) and issubclass(cls, MixerConfig)
+        if is_config and not getattr(cls.make, "__isabstractmethod__", False):
+            yield cls(width=_WIDTH)
 
 
 def demo_results() -> str:
