@@ -66,6 +66,8 @@ class SoftmaxAttentionConfig(HeadsConfig):
 class SoftmaxAttention(Mixer):
     """`y = Wo · softmax_attention(rotate(Wq x), rotate(Wk x), Wv x)`, without biases."""
 
+    op = "softmax_attention"
+
     def __init__(self, config: SoftmaxAttentionConfig, rngs: nnx.Rngs):
         """Args: `config`, with its width set; `rngs`, for the parameters."""
         self.config = config

@@ -124,8 +124,11 @@ class _Run:
         self._open_outputs(run_dir, writers)
 
     def _open_outputs(self, run_dir: Path, writers: Sequence[MetricWriter]) -> None:
-        self.progress, self.writers, self.timing = None, list(writers), None
+        self.progress, self.writers, self.timing = None, [], None
         if jax.process_index() != 0:
+            return
+        self.writers += writers
+        if self.finished:
             return
         self.writers.append(JsonlWriter(self.metrics_path, self.step))
         self.timing = JsonlWriter(run_dir / "timing.jsonl", self.step)

@@ -36,7 +36,9 @@ class Progress:
 
     def update(self, step: int, loss: float, tokens_per_second: float) -> None:
         """Shows how far the run is."""
-        text = f"loss {loss:.4f}  {tokens_per_second:,.0f} tokens/s"
+        text = f"loss {loss:.4f}"
+        if tokens_per_second:  # Not known before the second step.
+            text += f"  {tokens_per_second:,.0f} tokens/s"
         if self._bar is not None:
             self._bar.update(self._task, completed=step, description=text)
         elif time.monotonic() - self._last_line > _SECONDS_BETWEEN_LINES:

@@ -29,5 +29,13 @@ class SlowTask(ToyTask):
         return SlowBatches()
 
 
+class StepLog:
+    def write(self, step, metrics):
+        print("at step", step, file=sys.stderr, flush=True)
+
+    def close(self):
+        pass
+
+
 if __name__ == "__main__":
-    train(SlowTask(), MODEL, CONFIG, sys.argv[1])
+    train(SlowTask(), MODEL, CONFIG, sys.argv[1], writers=[StepLog()])

@@ -113,6 +113,9 @@ def test_random_streams_advance_and_repeat(mesh):
     batch = device_batch(next(Batches()), mesh)
     first, again = step(state, batch), step(state, batch)
     assert float(first[1]["loss"]) == float(again[1]["loss"])
+    # The same weights a step later: only the step's key differs.
+    later = step(dataclasses.replace(state, step=state.step + 1), batch)
+    assert float(later[1]["loss"]) != float(first[1]["loss"])
     count = lambda state: int(state.model_state["dropout"]["rngs"]["count"])  # noqa: E731
     assert count(first[0]) == count(state) + 1
 

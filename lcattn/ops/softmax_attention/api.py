@@ -7,11 +7,14 @@ from lcattn.ops import checks, dispatch
 from lcattn.ops.softmax_attention import chunked, dense
 from lcattn.typing import Array, Float, Int, SegmentIds
 
-_IMPLEMENTATIONS = {
-    "cudnn": dispatch.Implementation(dense.cudnn, dense.cudnn_objection),
-    "xla": dispatch.Implementation(chunked.attend_xla),
-    "reference": dispatch.Implementation(dense.reference),
-}
+dispatch.declare(
+    "softmax_attention",
+    {
+        "cudnn": dispatch.Implementation(dense.cudnn, dense.cudnn_objection),
+        "xla": dispatch.Implementation(chunked.attend_xla),
+        "reference": dispatch.Implementation(dense.reference),
+    },
+)
 
 
 def softmax_attention(
@@ -85,7 +88,7 @@ def softmax_attention(
         raise argument_error("q", f"at most S={sizes.S} queries when causal", f"T={sizes.T}")
 
     run = dispatch.choose(
-        "softmax_attention", _IMPLEMENTATIONS, implementation,
+        "softmax_attention", implementation,
         sizes=sizes, dtype=q.dtype, causal=causal, window=window, segment_ids=segment_ids,
         alibi_slopes=alibi_slopes, aligned=aligned, return_lse=return_lse,
     )  # fmt: skip
