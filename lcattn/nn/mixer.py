@@ -3,7 +3,7 @@
 import abc
 import dataclasses
 import math
-from typing import Any, override
+from typing import Any, ClassVar, override
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +33,12 @@ class Mixer(nnx.Module):
 
     `segment_ids` means: equal to running the documents apart. `positions` (default: counted from 0
     in each document) matter only to mixers with a position encoding.
+
+    Attributes:
+      op: the function of `lcattn.ops` that the mixer is built around.
     """
+
+    op: ClassVar[str]
 
     @property
     @abc.abstractmethod
