@@ -30,7 +30,7 @@ from experiments.benchmarks.measure import (
     relative_error,
 )
 from experiments.figures import Figure, Panel, Series
-from experiments.reporting import Report, Table, show_bytes
+from experiments.reporting import Report, Table, show, show_bytes
 
 PASSES = ("forward", "forward+backward")
 
@@ -241,7 +241,7 @@ def _cells(row: Mapping[str, Any], growth: Mapping[tuple[str, int], float]) -> l
         return [name, length, *[None] * 8, row.get("error"), row["status"]]
     ms, temporary = row["ms"], row["temp_bytes"]
     return [
-        name, length, ms["median"], f"{ms['min']:.3g}–{ms['max']:.3g}", row["device_ms"],
+        name, length, ms["median"], f"{show(ms['min'])}–{show(ms['max'])}", row["device_ms"],
         growth.get((name, length)), row["tflops"], row["gbps"], f"{100 * row['floor_share']:.3g} %",
         None if temporary is None else show_bytes(temporary), row.get("error"), row["status"],
     ]  # fmt: skip
