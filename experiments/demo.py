@@ -219,6 +219,7 @@ def _recall_panels(models: Mapping[str, Any]) -> Iterator[Panel]:
             ylabel="recall accuracy",
             series=points,
             xscale="log2",
+            ylim=(0, 1.05),
         )
 
 
