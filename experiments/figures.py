@@ -113,5 +113,7 @@ def _draw(axes: Axes, panel: Panel, looks: dict[str, tuple[str, str]]) -> None:
 def _scale(axes: Axes, axis: Literal["x", "y"], scale: str) -> None:
     if scale == "log2":
         getattr(axes, f"set_{axis}scale")("log", base=2)
+        # Lengths and sizes are read as 64 and 4096, not as powers.
+        getattr(axes, f"{axis}axis").set_major_formatter("{x:g}")
     else:
         getattr(axes, f"set_{axis}scale")(scale)
