@@ -10,6 +10,8 @@ outputs have the dtype of the inputs, and `segment_ids` means: equal to running 
 """
 
 from lcattn.ops.dispatch import UnsupportedImplementationError
+from lcattn.ops.gated_delta_rule import gated_delta_rule
+from lcattn.ops.gated_linear_attention import gated_linear_attention
 from lcattn.ops.linear_attention import (
     FeatureMap,
     LinearAttentionState,
@@ -25,6 +27,8 @@ __all__ = [
     "LinearAttentionState",
     "UnsupportedImplementationError",
     "alibi_slopes",
+    "gated_delta_rule",
+    "gated_linear_attention",
     "linear_attention",
     "linear_attention_state",
     "rotary",
