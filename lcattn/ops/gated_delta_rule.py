@@ -95,7 +95,9 @@ def gated_delta_rule(
 
 def _check_beta(beta: Array, sizes: checks.Sizes) -> None:
     if beta.shape not in [(sizes.B, sizes.T, heads) for heads in (sizes.N, sizes.K)]:
-        expected = f"shape [B,T,M] with B, T = {sizes.B, sizes.T}, M = N = {sizes.N} or K = {sizes.K}"
+        expected = (
+            f"shape [B,T,M] with B, T = {sizes.B, sizes.T}, M = N = {sizes.N} or K = {sizes.K}"
+        )
         raise argument_error("beta", expected, f"shape {beta.shape}")
     if not jnp.issubdtype(beta.dtype, jnp.floating):
         raise argument_error("beta", "a floating-point dtype", beta.dtype)
@@ -121,9 +123,9 @@ def _token_by_token(q, k, v, log_decay, beta, state, *, chunk):
 def _chunked(q, k, v, log_decay, beta, state, *, chunk):
     r"""All chunks at once, but for the state, which a scan carries from chunk to chunk.
 
-    The corrections u_t of a chunk depend on each other through the keys, a triangular system (the
-    WY form). With G the log decay from the start of a chunk, S the state there, D_ts = e^{G_t - G_s}
-    for s <= t, and b = diag(beta):
+    The corrections u_t of a chunk depend on each other through the keys: a triangular system (the
+    WY form). With G the log decay from the start of a chunk, S the state there, b = diag(beta) and
+    D_ts = e^{G_t - G_s} for s <= t:
 
         X = (I + tril(b (K K^T * D), -1))^-1
         U = X b (V - e^G K S)

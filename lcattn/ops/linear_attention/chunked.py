@@ -53,7 +53,7 @@ def attend(
     masks = ChunkMasks()
     if ids is not None:
         ids = jnp.pad(ids, ((0, 0), (0, -S % chunk)), constant_values=-1)
-        masks = chunk_masks(ids.reshape(B, -(-S // chunk), chunk).swapaxes(0, 1))
+        masks = _masks(ids, chunk)
     options = _Options(similarity, scale, inclusive=True)
     q_chunks = cut(q.reshape(B, T, K, N // K, F), min(chunk_size, T))
     k_chunks, v_chunks = cut(k, chunk), cut(v, chunk)
@@ -68,6 +68,11 @@ def attend(
         out, final = _scan(options, q_chunks, k_chunks, v_chunks, masks, state)
         out += _later_keys(options, q_chunks, k_chunks, v_chunks, ids, chunk)
     return paste(out, T).reshape(B, T, N, v.shape[-1]), final
+
+
+def _masks(ids: Array, chunk: int) -> ChunkMasks:
+    B, T = ids.shape
+    return chunk_masks(ids.reshape(B, T // chunk, chunk).swapaxes(0, 1))
 
 
 class _Options(NamedTuple):
@@ -183,7 +188,7 @@ def _later_keys(options, q, k, v, ids, chunk):
     """What packed tokens see of later tokens of their document: the same scan from the end."""
     largest = jnp.max(ids)
     flipped = jnp.where(ids < 0, -1, largest - ids)[:, ::-1]
-    masks = chunk_masks(flipped.reshape(ids.shape[0], -1, chunk).swapaxes(0, 1))
+    masks = _masks(flipped, chunk)
 
     def flip(x):
         return jnp.flip(x, axis=(0, -2))
