@@ -9,6 +9,11 @@ from lcattn.nn.gated_linear_attention import (
 from lcattn.nn.layers import SwiGLU
 from lcattn.nn.linear_attention import LinearAttention, LinearAttentionConfig
 from lcattn.nn.mixer import HeadsConfig, Mixer, MixerConfig
+from lcattn.nn.prefix_linear_attention import (
+    PrefixLinearAttention,
+    PrefixLinearAttentionConfig,
+    PrefixLinearAttentionState,
+)
 from lcattn.nn.recurrent import RecurrentState
 from lcattn.nn.short_convolution import (
     ConvolutionState,
@@ -30,6 +35,9 @@ __all__ = [
     "LinearAttentionConfig",
     "Mixer",
     "MixerConfig",
+    "PrefixLinearAttention",
+    "PrefixLinearAttentionConfig",
+    "PrefixLinearAttentionState",
     "RecurrentState",
     "RetentionConfig",
     "ShortConvolution",

@@ -52,7 +52,7 @@ class DeltaNetConfig(GatedDeltaNetConfig):
     value_share: ClassVar[float] = 1.0
 
 
-class GatedDeltaNet(RecurrentMixer):
+class GatedDeltaNet(RecurrentMixer[GatedDeltaNetConfig]):
     """`y = Wo (norm(gated_delta_rule(q, k, v, log_decay, beta)) * silu(Wg x))`.
 
     Queries and keys are convolved, passed through SiLU and scaled to norm 1, which keeps the
@@ -63,7 +63,6 @@ class GatedDeltaNet(RecurrentMixer):
     """
 
     op = "gated_delta_rule"
-    config: GatedDeltaNetConfig
 
     @override
     def __init__(self, config: GatedDeltaNetConfig, rngs: nnx.Rngs):
@@ -83,7 +82,7 @@ class GatedDeltaNet(RecurrentMixer):
     @override
     def recur(
         self, x: Hidden, q: Array, k: Array, v: Array, positions: Positions, **options: Any
-    ) -> tuple[Array, Array]:
+    ) -> Any:
         del positions
         dtype = jnp.promote_types(self.config.dtype or "float32", jnp.float32)
         beta = jax.nn.sigmoid(self.strength(x).astype(dtype))

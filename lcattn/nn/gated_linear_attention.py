@@ -62,14 +62,13 @@ class RetentionConfig(GatedLinearAttentionConfig):
     value_share: ClassVar[float] = 2.0
 
 
-class GatedLinearAttention(RecurrentMixer):
+class GatedLinearAttention(RecurrentMixer[GatedLinearAttentionConfig]):
     """`y = Wo (norm(gated_linear_attention(Wq x, Wk x, Wv x, log_decay)) * silu(Wg x))`.
 
     With `log_decay = log sigmoid(z) / gate_divisor` in float32; z is a projection of x.
     """
 
     op = "gated_linear_attention"
-    config: GatedLinearAttentionConfig
 
     @override
     def __init__(self, config: GatedLinearAttentionConfig, rngs: nnx.Rngs):
@@ -89,7 +88,7 @@ class GatedLinearAttention(RecurrentMixer):
     @override
     def recur(
         self, x: Hidden, q: Array, k: Array, v: Array, positions: Positions, **options: Any
-    ) -> tuple[Array, Array]:
+    ) -> Any:
         if self.config.position_encoding == "rope":
             q, k = (ops.rotary(h, positions) for h in (q, k))
         return ops.gated_linear_attention(q, k, v, self._log_decay(x), **options)

@@ -74,12 +74,12 @@ class RecurrentConfig(HeadsConfig):
         return self.feature_dim or self._head_share(self.key_share, "feature_dim")
 
 
-class RecurrentMixer(Mixer):
+class RecurrentMixer[C: RecurrentConfig](Mixer):
     """`y = Wo (norm(recurrence(q, k, v, gates of x)) * silu(Wg x))`; q, k, v convolved or not."""
 
-    config: RecurrentConfig
+    config: C
 
-    def __init__(self, config: RecurrentConfig, rngs: nnx.Rngs):
+    def __init__(self, config: C, rngs: nnx.Rngs):
         """Args: `config`, with its width set; `rngs`, for the parameters."""
         self.config = config
         width, F, H = config.require_width(), config.feature_size, config.head_size
@@ -107,7 +107,7 @@ class RecurrentMixer(Mixer):
     @abc.abstractmethod
     def recur(
         self, x: Hidden, q: Array, k: Array, v: Array, positions: Positions, **options: Any
-    ) -> tuple[Array, Array]:
+    ) -> Any:
         """Calls the op on the heads of x; outputs `[B,T,N,H]` and the final state."""
 
     def __call__(
@@ -147,7 +147,7 @@ class RecurrentMixer(Mixer):
         state = RecurrentState(memory, inputs.astype(state.inputs.dtype), state.length + x.shape[1])
         return self._project_out(x, heads), state
 
-    def _heads(self, x: Array, **options: Any) -> tuple[Array, Array, Array, Array | None]:
+    def _heads(self, x: Array, **options: Any) -> tuple[Array, Array, Array, Any]:
         """Queries, keys and values, and the last inputs of their convolution."""
         config = self.config
         parts = [self.query(x), self.key(x), self.value(x)]

@@ -17,6 +17,7 @@ from lcattn.ops.linear_attention import (
     LinearAttentionState,
     linear_attention,
     linear_attention_state,
+    prefix_linear_attention,
 )
 from lcattn.ops.positions import alibi_slopes, rotary, segment_positions
 from lcattn.ops.short_convolution import short_convolution
@@ -31,6 +32,7 @@ __all__ = [
     "gated_linear_attention",
     "linear_attention",
     "linear_attention_state",
+    "prefix_linear_attention",
     "rotary",
     "segment_positions",
     "short_convolution",

@@ -7,6 +7,7 @@ after a reset g = -inf. Here every sum is formed of its own terms, all <= 0, fro
 larger blocks (see `triangular`): nothing cancels, no exponent is positive, and -inf is exact.
 """
 
+from collections.abc import Collection
 from typing import NamedTuple
 
 import jax
@@ -16,7 +17,7 @@ import numpy as np
 from lcattn.errors import argument_error
 from lcattn.ops.segments import owners
 from lcattn.ops.triangular import halves, merge
-from lcattn.typing import Array, Float
+from lcattn.typing import Array, Float, SegmentIds
 
 
 class ChunkDecay(NamedTuple):
@@ -63,7 +64,7 @@ def between_tokens(decay: ChunkDecay) -> Float[Array, "*chunks C C"]:
 
 
 def forget_at_documents(
-    k: Array, log_decay: Array, segment_ids: Array | None
+    k: Float[Array, "B T M F"], log_decay: Float[Array, "B T M _"], segment_ids: SegmentIds | None
 ) -> tuple[Array, Array]:
     """Keys and log decays under which one state serves packed documents.
 
@@ -73,15 +74,13 @@ def forget_at_documents(
         return k, log_decay
     before, after = owners(segment_ids.T[:, :, None])
 
-    def select(where: Array, x: Array, y: Array | float) -> Array:
-        return jnp.where(where.reshape(where.shape + (1,) * (x.ndim - 2)), x, y)
-
-    real = segment_ids >= 0
-    continues = (before == after).T
-    return select(real, k, 0), select(continues, select(real, log_decay, 0), -jnp.inf)
+    real = (segment_ids >= 0)[:, :, None, None]
+    continues = (before == after).T[:, :, None, None]
+    k = jnp.where(real, k, 0)
+    return k, jnp.where(continues, jnp.where(real, log_decay, 0), -jnp.inf)
 
 
-def check_log_decay(log_decay: Array, shapes: list[tuple[int, ...]], axes: str) -> None:
+def check_log_decay(log_decay: Array, shapes: Collection[tuple[int, ...]], axes: str) -> None:
     """Checks shape and dtype and, outside `jit`, that no value is above 0."""
     if log_decay.shape not in shapes:
         raise argument_error("log_decay", axes, f"shape {log_decay.shape}")

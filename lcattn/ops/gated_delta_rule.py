@@ -83,12 +83,12 @@ def gated_delta_rule(
     if log_decay is None:
         log_decay = jnp.zeros_like(beta)
     check_log_decay(log_decay, [beta.shape], f"None or shape [B,T,M] = {beta.shape}, as beta")
-    run = dispatch.choose("gated_delta_rule", _IMPLEMENTATIONS, implementation)
+    run = dispatch.choose("gated_delta_rule", implementation)
 
     heads, keys, values = recurrence.group_by_state(q, k, v, states=beta.shape[2])
-    keys, log_decay = forget_at_documents(keys, log_decay, segment_ids)
+    keys, log_decay = forget_at_documents(keys, log_decay[..., None], segment_ids)
     state = recurrence.start(initial_state, keys, values)
-    out, state = run(heads, keys, values, log_decay, beta, state, chunk=chunk)
+    out, state = run(heads, keys, values, log_decay, beta[..., None], state, chunk=chunk)
     out = recurrence.finish(out, scale, segment_ids, q.dtype)
     return (out, state) if return_state else out
 
@@ -112,8 +112,8 @@ def _token_by_token(q, k, v, log_decay, beta, state, *, chunk):
     del chunk
 
     def step(state, q, k, v, log_decay, beta):
-        state = jnp.exp(log_decay)[..., None, None] * state
-        correction = beta[..., None] * (v - jnp.einsum("bmf,bmfh->bmh", k, state))
+        state = jnp.exp(log_decay)[..., None] * state
+        correction = beta * (v - jnp.einsum("bmf,bmfh->bmh", k, state))
         state = state + jnp.einsum("bmf,bmh->bmfh", k, correction)
         return state, jnp.einsum("bmgf,bmfh->bmgh", q, state)
 
@@ -135,7 +135,7 @@ def _chunked(q, k, v, log_decay, beta, state, *, chunk):
 
     @jax.checkpoint  # keep the inputs only; states and scores are recomputed for the gradient
     def attend(q, k, v, log_decay, beta, state):
-        log_decay, beta = (x[..., None].astype(state.dtype) for x in (log_decay, beta))
+        log_decay, beta = log_decay.astype(state.dtype), beta.astype(state.dtype)
         q, k, v, log_decay, beta = (cut(x, chunk) for x in (q, k, v, log_decay, beta))
         decay = inside_chunks(log_decay)
         between = jnp.exp(between_tokens(decay))
@@ -169,7 +169,10 @@ def _carry(
     return states, corrections, final
 
 
-_IMPLEMENTATIONS = {
-    "xla": dispatch.Implementation(_chunked),
-    "reference": dispatch.Implementation(_token_by_token),
-}
+dispatch.declare(
+    "gated_delta_rule",
+    {
+        "xla": dispatch.Implementation(_chunked),
+        "reference": dispatch.Implementation(_token_by_token),
+    },
+)

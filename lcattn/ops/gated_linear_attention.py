@@ -87,11 +87,11 @@ def gated_linear_attention(
     chunk = recurrence.chunk_length(chunk_size, sizes.T)
     by_head = [(sizes.B, sizes.T, heads) for heads in (sizes.N, sizes.K)]
     check_log_decay(
-        log_decay, by_head + [(*shape, sizes.F) for shape in by_head],
+        log_decay, [*by_head, *((*shape, sizes.F) for shape in by_head)],
         f"shape [B,T,M] or [B,T,M,F] with B, T, F = {sizes.B, sizes.T, sizes.F} and"
         f" M = N = {sizes.N} or K = {sizes.K}",
     )  # fmt: skip
-    run = dispatch.choose("gated_linear_attention", _IMPLEMENTATIONS, implementation)
+    run = dispatch.choose("gated_linear_attention", implementation)
 
     if log_decay.ndim == 3:
         log_decay = log_decay[..., None]
@@ -166,7 +166,10 @@ def _carry(state: Array, decay: Array, writes: Array) -> tuple[Array, Array]:
     return states, final
 
 
-_IMPLEMENTATIONS = {
-    "xla": dispatch.Implementation(_chunked),
-    "reference": dispatch.Implementation(_token_by_token),
-}
+dispatch.declare(
+    "gated_linear_attention",
+    {
+        "xla": dispatch.Implementation(_chunked),
+        "reference": dispatch.Implementation(_token_by_token),
+    },
+)

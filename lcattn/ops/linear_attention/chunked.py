@@ -24,11 +24,26 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from lcattn.ops import checks, dispatch
 from lcattn.ops.checks import accumulation_dtype
 from lcattn.ops.chunks import cut, einsum, paste
 from lcattn.ops.linear_attention.features import Similarity
 from lcattn.ops.segments import ChunkMasks, chunk_masks
 from lcattn.typing import Array
+
+# Tokens a chunk, and the length up to which one chunk (the quadratic form) is faster still; see
+# benchmarks/. A GPU pays for every step of a loop, a CPU for every score.
+_CHUNK = {"cpu": 128, "gpu": 256, "tpu": 256}
+_QUADRATIC_UP_TO = {"cpu": 256, "gpu": 1024, "tpu": 1024}
+
+
+def resolve_chunk(chunk_size: int | None, length: int) -> int:
+    """The given tokens a chunk, checked, or as many as suit the length and the platform."""
+    if chunk_size is not None:
+        checks.check_size("chunk_size", chunk_size)
+        return chunk_size
+    platform = dispatch.default_platform()
+    return length if length <= _QUADRATIC_UP_TO[platform] else _CHUNK[platform]
 
 
 def attend(
