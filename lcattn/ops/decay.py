@@ -89,4 +89,4 @@ def check_log_decay(log_decay: Array, shapes: Collection[tuple[int, ...]], axes:
     if not isinstance(log_decay, jax.core.Tracer):
         largest = np.max(np.asarray(log_decay), initial=-np.inf)
         if not largest <= 0:
-            raise argument_error("log_decay", "values <= 0 (decay = exp(log_decay))", largest)
+            raise argument_error("log_decay", "values <= 0 (decay = exp(log_decay))", str(largest))

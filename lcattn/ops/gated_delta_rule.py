@@ -105,7 +105,7 @@ def _check_beta(beta: Array, sizes: checks.Sizes) -> None:
         values = np.asarray(beta)
         outside = values[~((values >= 0) & (values <= 2))]
         if outside.size:
-            raise argument_error("beta", "values in [0, 2]", f"{outside[0]}")
+            raise argument_error("beta", "values in [0, 2]", str(outside[0]))
 
 
 def _token_by_token(q, k, v, log_decay, beta, state, *, chunk):
