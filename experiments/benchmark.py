@@ -30,7 +30,7 @@ from experiments.benchmarks.measure import (
     relative_error,
 )
 from experiments.figures import Figure, Panel, Series
-from experiments.reporting import Report, Table, show_bytes
+from experiments.reporting import Report, Table, show, show_bytes
 
 PASSES = ("forward", "forward+backward")
 
@@ -207,6 +207,21 @@ def report(results: Mapping[str, Any]) -> Report:
     return Report(title=f"Benchmark of {results['op']}", blocks=[*blocks, *_plots(rows)])
 
 
+def longest(results: Mapping[str, Any]) -> list[list[Any]]:
+    """A row for each implementation and pass, at the longest T that it was timed at."""
+    last: dict[tuple[str, str], Mapping[str, Any]] = {}
+    for row in results["rows"]:
+        if "ms" in row:
+            last[row["implementation"], row["pass"]] = row
+    return [
+        [
+            results["op"], name, kind, row["length"], row["device_ms"] or row["ms"]["median"],
+            f"{100 * row['floor_share']:.3g} %", show_bytes(row["temp_bytes"] or 0), row["status"],
+        ]
+        for (name, kind), row in last.items()
+    ]  # fmt: skip
+
+
 def _times_table(op: str, kind: str, rows: list[dict[str, Any]]) -> Table:
     growth = _growth(rows)
     header = (
@@ -226,7 +241,7 @@ def _cells(row: Mapping[str, Any], growth: Mapping[tuple[str, int], float]) -> l
         return [name, length, *[None] * 8, row.get("error"), row["status"]]
     ms, temporary = row["ms"], row["temp_bytes"]
     return [
-        name, length, ms["median"], f"{ms['min']:.3g}–{ms['max']:.3g}", row["device_ms"],
+        name, length, ms["median"], f"{show(ms['min'])}–{show(ms['max'])}", row["device_ms"],
         growth.get((name, length)), row["tflops"], row["gbps"], f"{100 * row['floor_share']:.3g} %",
         None if temporary is None else show_bytes(temporary), row.get("error"), row["status"],
     ]  # fmt: skip
@@ -251,16 +266,21 @@ def _growth(rows: list[dict[str, Any]]) -> dict[tuple[str, int], float]:
 
 
 def _crossovers(rows: list[dict[str, Any]]) -> Iterator[tuple[str, int, str, str]]:
-    """Where one implementation overtakes another, interpolated on logarithmic axes."""
+    """Where one implementation overtakes another for good, interpolated on logarithmic axes.
+
+    A lead of less than a tenth at the longest T is noise, not a lead.
+    """
     for kind in dict.fromkeys(row["pass"] for row in rows):
         curves = _curves([row for row in rows if row["pass"] == kind])
         for slow, fast in itertools.permutations(curves, 2):
             shared = sorted(set(curves[slow]) & set(curves[fast]))
-            lead = {T: math.log(curves[fast][T] / curves[slow][T]) for T in shared}
-            for before, after in itertools.pairwise(shared):
-                if lead[before] > 0 >= lead[after]:
-                    part = lead[before] / (lead[before] - lead[after])
-                    yield kind, round(before * (after / before) ** part), fast, slow
+            lag = {T: math.log(curves[fast][T] / curves[slow][T]) for T in shared}
+            behind = [T for T in shared if lag[T] > 0]
+            if behind and lag[shared[-1]] < -math.log(1.1):
+                before = behind[-1]
+                after = shared[shared.index(before) + 1]
+                part = lag[before] / (lag[before] - lag[after])
+                yield kind, round(before * (after / before) ** part), fast, slow
 
 
 def _plots(rows: list[dict[str, Any]]) -> Iterator[Figure]:

@@ -124,8 +124,8 @@ def report(results: Mapping[str, Any]) -> Report:
             f"Text: the standard library's sources, {text['train_bytes']:,} bytes to train on, "
             f"{text['heldout_bytes']:,} in held-out files. This took {results['seconds']:.0f} s, "
             "runs that were already finished not counted.",
-            _text_table(models, results["baselines"]),
-            _recall_table(models),
+            text_table(models, results["baselines"]),
+            recall_table(models),
             _loss_figure(models),
             _recall_figure(models),
             f"A sample of the {sample['model']} model, streamed from the prompt "
@@ -134,7 +134,8 @@ def report(results: Mapping[str, Any]) -> Report:
     )
 
 
-def _text_table(models: Mapping[str, Any], baselines: Mapping[str, float]) -> Table:
+def text_table(models: Mapping[str, Any], baselines: Mapping[str, float]) -> Table:
+    """Bits per byte of the models and of the count models."""
     any_run = next(iter(models.values()))["text"]
     rows = [
         (
@@ -153,7 +154,8 @@ def _text_table(models: Mapping[str, Any], baselines: Mapping[str, float]) -> Ta
     return Table(title="Text", header=header, rows=rows)
 
 
-def _recall_table(models: Mapping[str, Any]) -> Table:
+def recall_table(models: Mapping[str, Any]) -> Table:
+    """Recall accuracy by number of pairs."""
     any_run = next(iter(models.values()))["recall"]
     slices = any_run["slices"]
     header = (
@@ -205,7 +207,7 @@ def _recall_panels(models: Mapping[str, Any]) -> Iterator[Panel]:
         points = [
             Series(
                 label=model,
-                x=[runs["recall"]["state_bytes"]],
+                x=[runs["recall"]["state_bytes"] / 1024],
                 y=[runs["recall"]["metrics"][f"{name}/accuracy"]],
                 line="",
             )
@@ -213,10 +215,11 @@ def _recall_panels(models: Mapping[str, Any]) -> Iterator[Panel]:
         ]
         yield Panel(
             title=f"{numbers['num_pairs']} pairs in {numbers['length']} tokens",
-            xlabel="state (bytes)",
+            xlabel="state of one stream (KiB)",
             ylabel="recall accuracy",
             series=points,
             xscale="log2",
+            ylim=(0, 1.05),
         )
 
 
