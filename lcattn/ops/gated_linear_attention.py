@@ -143,7 +143,7 @@ def _scores(q: Array, k: Array, decay: ChunkDecay) -> Float[Array, "*chunks G C 
         factors = jnp.exp(between_tokens(decay))
         return factors[..., None, :, :] * einsum("...gtf,...sf->...gts", q, k, like=q)
 
-    blocks = jnp.sum(q * k[..., None, :, :], axis=-1, dtype=decay.before.dtype)[..., None, None]
+    blocks = einsum("...gtf,...tf->...gt", q, k, like=q)[..., None, None]
     for to_right, from_left in decay.halves:
         m, h = to_right.shape[-3:-1]
         _, queries = halves(q.reshape(*q.shape[:-2], 2 * m, h, q.shape[-1]))
