@@ -1,5 +1,6 @@
 """Token mixers: projections around an op, with a streaming state (Flax NNX)."""
 
+from lcattn.nn.attention import AttentionConfig, AttentionMixer, CachedAttention, KeyValueCache
 from lcattn.nn.layers import SwiGLU
 from lcattn.nn.linear_attention import LinearAttention, LinearAttentionConfig
 from lcattn.nn.mixer import HeadsConfig, Mixer, MixerConfig
@@ -8,9 +9,13 @@ from lcattn.nn.short_convolution import (
     ShortConvolution,
     ShortConvolutionConfig,
 )
-from lcattn.nn.softmax_attention import KeyValueCache, SoftmaxAttention, SoftmaxAttentionConfig
+from lcattn.nn.softmax_attention import SoftmaxAttention, SoftmaxAttentionConfig
+from lcattn.nn.softplus_attention import SoftplusAttention, SoftplusAttentionConfig
 
 __all__ = [
+    "AttentionConfig",
+    "AttentionMixer",
+    "CachedAttention",
     "ConvolutionState",
     "HeadsConfig",
     "KeyValueCache",
@@ -22,5 +27,7 @@ __all__ = [
     "ShortConvolutionConfig",
     "SoftmaxAttention",
     "SoftmaxAttentionConfig",
+    "SoftplusAttention",
+    "SoftplusAttentionConfig",
     "SwiGLU",
 ]

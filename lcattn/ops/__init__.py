@@ -19,6 +19,7 @@ from lcattn.ops.linear_attention import (
 from lcattn.ops.positions import alibi_slopes, rotary, segment_positions
 from lcattn.ops.short_convolution import short_convolution
 from lcattn.ops.softmax_attention import softmax_attention
+from lcattn.ops.softplus_attention import softplus_attention
 
 __all__ = [
     "FeatureMap",
@@ -31,4 +32,5 @@ __all__ = [
     "segment_positions",
     "short_convolution",
     "softmax_attention",
+    "softplus_attention",
 ]

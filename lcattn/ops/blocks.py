@@ -1,8 +1,9 @@
 """The walk over blocks of queries and keys: exact T·S attention in O(T) memory, in plain JAX.
 
 Each block of queries visits the blocks of keys that any of its queries sees; what is done there is
-the caller's. Arrays inside are `[B, K, G, T, H]` for queries and `[B, K, S, H]` for keys and values,
-where the G = N/K query heads of a group share a key head. Rows of statistics are `[B, K, G, T]`.
+the caller's. Arrays inside are `[B, K, G, T, H]` for queries and `[B, K, S, H]` for keys and
+values, where the G = N/K query heads of a group share a key head; statistics of rows are
+`[B, K, G, T]`.
 """
 
 import functools
@@ -76,9 +77,9 @@ class Walk:
         self.order = jnp.argsort(~visited, axis=1, stable=True).astype(jnp.int32)
         self.visits = jnp.sum(visited, axis=1, dtype=jnp.int32)
 
-    def over_queries[Carry](
-        self, step: Callable[[Carry, Array], tuple[Carry, tuple[Array, ...]]], start: Carry
-    ) -> tuple[Carry, tuple[Array, ...]]:
+    def over_queries[Carry, Rows](
+        self, step: Callable[[Carry, Array], tuple[Carry, Rows]], start: Carry
+    ) -> tuple[Carry, Rows]:
         """Runs `step(carry, i)` on every block of queries; joins the rows that it gives."""
         carry, rows = lax.scan(step, start, jnp.arange(len(self.visits), dtype=jnp.int32))
         return carry, jax.tree.map(_join, rows)

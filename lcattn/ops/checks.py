@@ -92,6 +92,25 @@ def check_size(name: str, value: object) -> None:
         raise argument_error(name, "a whole number of at least 1", repr(value))
 
 
+def resolve_query_position(
+    position: int | Array | None,
+    sizes: Sizes,
+    *,
+    causal: bool,
+    segment_ids: Array | None,
+    key_position: int | Array = 0,
+) -> int | Array:
+    """The position of the first query. Default: the queries are the last T of the S tokens."""
+    aligned = position is None and isinstance(key_position, int) and key_position == 0
+    if segment_ids is not None and not aligned:
+        raise argument_error("segment_ids", "None where positions are given", "both")
+    if position is not None:
+        return position
+    if causal and aligned and sizes.T > sizes.S:
+        raise argument_error("q", f"at most S={sizes.S} queries when causal", f"T={sizes.T}")
+    return key_position + sizes.S - sizes.T
+
+
 def resolve_scale(scale: float | None, size: int) -> float:
     """The given scale, or `size ** -0.5`."""
     if scale is None:

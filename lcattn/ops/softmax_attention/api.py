@@ -80,13 +80,9 @@ def softmax_attention(
     if alibi_slopes is not None:
         checks.check_shape("alibi_slopes", alibi_slopes, (sizes.N,), "[N]")
     aligned = query_position is None and isinstance(key_position, int) and key_position == 0
-    if segment_ids is not None and not aligned:
-        raise argument_error("segment_ids", "None where positions are given", "both")
-    if query_position is None:
-        query_position = key_position + sizes.S - sizes.T
-    if causal and aligned and sizes.T > sizes.S:
-        raise argument_error("q", f"at most S={sizes.S} queries when causal", f"T={sizes.T}")
-
+    query_position = checks.resolve_query_position(
+        query_position, sizes, causal=causal, segment_ids=segment_ids, key_position=key_position
+    )
     run = dispatch.choose(
         "softmax_attention", _IMPLEMENTATIONS, implementation,
         sizes=sizes, dtype=q.dtype, causal=causal, segment_ids=segment_ids,

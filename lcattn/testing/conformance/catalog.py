@@ -9,6 +9,7 @@ from lcattn import nn, ops
 from lcattn.testing.conformance import oracles
 from lcattn.testing.conformance.cases import MixerCase, OpCase
 
+_FEW = {"B": 2, "N": 2, "K": 1, "H": 4}  # sizes for lengths of several blocks
 _QKV = {"q": "B T N H", "k": "B T K H", "v": "B T K H"}
 
 
@@ -37,8 +38,7 @@ def _blocks_case(name: str, **fields) -> OpCase:
     """With the log-sum-exp, "xla" runs block by block, 256 tokens each."""
     case = _softmax_case(name, chunk=256, **fields)
     oracle = functools.partial(case.oracle, return_lse=True)
-    sizes = {"B": 2, "N": 2, "K": 1, "H": 4}
-    return dataclasses.replace(case, op=_with_log_sum_exp, oracle=oracle, sizes=sizes)
+    return dataclasses.replace(case, op=_with_log_sum_exp, oracle=oracle, sizes=_FEW)
 
 
 def _linear_case(
@@ -76,6 +76,22 @@ def _convolution_case(taps: int, *, is_variant: bool = False) -> OpCase:
     )
 
 
+def _softplus_case(power: float | None, **fields) -> OpCase:
+    # Errors of the excess over the mean grow p-fold.
+    loose = {"float32": 1e-4, "bfloat16": 6e-2, "float16": 1e-2}
+    return OpCase(
+        name="softplus_attention" + (f"[power={power}]" if power else ""),
+        op=ops.softplus_attention,
+        oracle=functools.partial(oracles.softplus_attention, power=power),
+        inputs=_QKV,
+        options={"power": power},
+        bidirectional=True,
+        value_tolerance={"float64": 1e-12} | loose,
+        gradient_tolerance={"float64": 1e-10} | loose,
+        **fields,
+    )
+
+
 def _square_plus(x):
     return x * x + 0.1
 
@@ -107,6 +123,10 @@ OPS: tuple[OpCase, ...] = (
     ),
     _convolution_case(1, is_variant=True),
     _convolution_case(4),
+    _softplus_case(None, chunk=256, sizes=_FEW, is_variant=True),
+    _softplus_case(2.5, is_variant=True),
+    _softplus_case(15.0),
+    _softplus_case(3.0, chunk=256, sizes=_FEW, is_variant=True),
 )  # fmt: skip
 
 
@@ -125,6 +145,14 @@ def _convolution_mixer(taps: int) -> MixerCase:
     return MixerCase(name=f"ShortConvolution[taps={taps}]", config=config, chunk=max(2, taps))
 
 
+def _softplus_mixer(name: str, **fields) -> MixerCase:
+    config = nn.SoftplusAttentionConfig(width=16, num_heads=4, **fields)
+    return MixerCase(
+        name=f"SoftplusAttention[{name}]", config=config,
+        tolerance=1e-4, low_precision_tolerance=1e-1,
+    )  # fmt: skip
+
+
 MIXERS: tuple[MixerCase, ...] = (
     _softmax_mixer("rope"),
     _softmax_mixer("grouped,qk_norm,rope_size=2", num_kv_heads=2, qk_norm=True, rope_size=2),
@@ -138,4 +166,8 @@ MIXERS: tuple[MixerCase, ...] = (
     _linear_mixer("identity,norm", feature_map="identity", chunk_size=8),
     _convolution_mixer(1),
     _convolution_mixer(3),
+    _softplus_mixer("rope,power=15"),
+    _softplus_mixer(
+        "nope,grouped,power=None", position_encoding="nope", num_kv_heads=2, power=None
+    ),
 )

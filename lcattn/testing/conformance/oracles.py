@@ -80,6 +80,30 @@ def short_convolution(
     return y
 
 
+def softplus_attention(
+    inputs: Inputs,
+    segment_ids: np.ndarray | None,
+    *,
+    causal: bool = True,
+    power: float | None = None,
+) -> np.ndarray:
+    """LSSA, or LSSAR with a power: lengths count the visible keys, flat rows stay as they are."""
+    q, k, v = inputs["q"], inputs["k"], inputs["v"]
+    out = np.zeros((*q.shape[:3], v.shape[-1]))
+    for b, t, n, head, seen in _queries(q, k, segment_ids, causal):
+        keys, query = k[b, seen, head], q[b, t, n]
+        lengths = np.sqrt(np.sum(keys**2, axis=-1) + 1e-12) * np.sqrt(query @ query + 1e-12)
+        scores = np.log(q.shape[-1]) * np.log(seen.size) * (keys @ query) / lengths
+        weights = np.logaddexp(scores, 0)
+        weights /= weights.sum()
+        if power is not None:
+            excess = np.maximum(seen.size * weights - (seen.size > 3), 0)
+            if excess.max() > 1e-5:
+                weights = excess**power / np.sum(excess**power)
+        out[b, t, n] = weights @ v[b, seen, head]
+    return out
+
+
 def _visible(
     b: int, t: int, length: int, segment_ids: np.ndarray | None, causal: bool
 ) -> np.ndarray:
