@@ -52,6 +52,8 @@ class ShortConvolutionConfig(MixerConfig):
 class ShortConvolution(Mixer):
     """`y = Wo (silu(conv(u)) * g) + bo` with `[u, g] = Wi x + bi` (Arora et al. 2024)."""
 
+    op = "short_convolution"
+
     def __init__(self, config: ShortConvolutionConfig, rngs: nnx.Rngs):
         """Args: `config`, with its width set; `rngs`, for the parameters."""
         self.config = config

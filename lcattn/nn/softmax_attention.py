@@ -37,7 +37,7 @@ class SoftmaxAttentionConfig(AttentionConfig):
 class SoftmaxAttention(CachedAttention):
     """`y = Wo · softmax_attention(rotate(Wq x), rotate(Wk x), Wv x)`, without biases."""
 
-    config: SoftmaxAttentionConfig
+    op = "softmax_attention"
 
     @property
     def traits(self) -> Traits:

@@ -13,10 +13,13 @@ from lcattn.ops.linear_attention import chunked, features, recurrent
 from lcattn.ops.linear_attention.features import FeatureMap
 from lcattn.typing import Array, Float, SegmentIds
 
-_IMPLEMENTATIONS = {
-    "xla": dispatch.Implementation(chunked.attend),
-    "reference": dispatch.Implementation(recurrent.attend),
-}
+dispatch.declare(
+    "linear_attention",
+    {
+        "xla": dispatch.Implementation(chunked.attend),
+        "reference": dispatch.Implementation(recurrent.attend),
+    },
+)
 
 # Tokens a chunk, and the length up to which one chunk (the quadratic form) is faster still; see
 # benchmarks/. A GPU pays for every step of a loop, a CPU for every score.
@@ -112,7 +115,7 @@ def linear_attention(
 
     # The normaliser is one more value that every token has: 1.
     values = jnp.concatenate([v, jnp.ones_like(v[..., :1])], axis=-1) if normalize else v
-    run = dispatch.choose("linear_attention", _IMPLEMENTATIONS, implementation)
+    run = dispatch.choose("linear_attention", implementation)
     out, state = run(
         similarity, q_mapped, k_mapped, values, segment_ids, state,
         causal=causal, scale=scale, chunk_size=chunk_size or _default_chunk(sizes.S),

@@ -13,8 +13,8 @@ any test runner::
     case = conformance.OpCase(name="decayed_mean", op=decayed_mean, oracle=loop,
                               implementations=(None,))
 
-    @pytest.mark.parametrize("check", [pytest.param(f, id=i) for i, f in conformance.op_checks(case)])
-    def test_decayed_mean(check):
+    @pytest.mark.parametrize(("name", "check"), conformance.op_checks(case))
+    def test_decayed_mean(name, check):
         check()
 
 A mixer (`lcattn.nn.Mixer`) brings its own description: its traits say what it promises, and

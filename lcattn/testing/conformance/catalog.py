@@ -162,7 +162,6 @@ MIXERS: tuple[MixerCase, ...] = (
     _softmax_mixer("window=1,nope", window=1, position_encoding="nope"),
     _linear_mixer("taylor"),
     _linear_mixer("taylor,chunk=8,grouped", chunk_size=8, num_kv_heads=2),
-    _linear_mixer("elu", feature_map="elu", chunk_size=8),
     _linear_mixer("identity,norm", feature_map="identity", chunk_size=8),
     _convolution_mixer(1),
     _convolution_mixer(3),
