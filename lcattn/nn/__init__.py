@@ -4,6 +4,7 @@ from lcattn.nn.attention import AttentionConfig, AttentionMixer, CachedAttention
 from lcattn.nn.layers import SwiGLU
 from lcattn.nn.linear_attention import LinearAttention, LinearAttentionConfig
 from lcattn.nn.mixer import HeadsConfig, Mixer, MixerConfig
+from lcattn.nn.selective_attention import SelectiveAttention, SelectiveAttentionConfig
 from lcattn.nn.short_convolution import (
     ConvolutionState,
     ShortConvolution,
@@ -23,6 +24,8 @@ __all__ = [
     "LinearAttentionConfig",
     "Mixer",
     "MixerConfig",
+    "SelectiveAttention",
+    "SelectiveAttentionConfig",
     "ShortConvolution",
     "ShortConvolutionConfig",
     "SoftmaxAttention",

@@ -45,12 +45,10 @@ class AttentionConfig(HeadsConfig):
             raise self.error("position_encoding", f"one of {self.position_encodings}")
 
 
-class AttentionMixer(Mixer):
+class AttentionMixer[C: AttentionConfig](Mixer):
     """`y = Wo · attend(rotate(Wq x), rotate(Wk x), Wv x)`, without biases."""
 
-    config: AttentionConfig
-
-    def __init__(self, config: AttentionConfig, rngs: nnx.Rngs):
+    def __init__(self, config: C, rngs: nnx.Rngs):
         """Args: `config`, with its width set; `rngs`, for the parameters."""
         self.config = config
         width, H = config.require_width(), config.head_size
@@ -77,7 +75,7 @@ class AttentionMixer(Mixer):
         return self.out(merge_heads(self._attend(q, k, v, segment_ids=segment_ids)))
 
     @abc.abstractmethod
-    def _attend(self, q: Array, k: Array, v: Array, **options: Any) -> Array:
+    def _attend(self, q: Array, k: Array, v: Array, **options: Any) -> Any:
         """The op, with the options of the config."""
 
     def _heads(self, x: Hidden, positions: Positions, lengths: Int[Array, "B T"]):
@@ -121,7 +119,7 @@ class KeyValueCache:
     length: Int[Array, ""]
 
 
-class CachedAttention(AttentionMixer):
+class CachedAttention[C: AttentionConfig](AttentionMixer[C]):
     """Attention that keeps every key and value, and whose op takes a `query_position`."""
 
     def init_state(self, batch_size: int, max_length: int, dtype=None) -> KeyValueCache:

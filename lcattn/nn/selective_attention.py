@@ -68,6 +68,8 @@ class SelectiveAttention(SoftmaxAttention):
     Values are cached scaled, so that a step costs what one of softmax attention costs.
     """
 
+    op = "selective_attention"
+
     def __init__(self, config: SelectiveAttentionConfig, rngs: nnx.Rngs):
         """Args: `config`, with its width set; `rngs`, for the parameters."""
         super().__init__(config, rngs)

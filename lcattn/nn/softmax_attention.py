@@ -34,7 +34,7 @@ class SoftmaxAttentionConfig(AttentionConfig):
         return SoftmaxAttention(self, rngs)
 
 
-class SoftmaxAttention(CachedAttention):
+class SoftmaxAttention(CachedAttention[SoftmaxAttentionConfig]):
     """`y = Wo · softmax_attention(rotate(Wq x), rotate(Wk x), Wv x)`, without biases."""
 
     op = "softmax_attention"
@@ -65,7 +65,7 @@ class SoftmaxAttention(CachedAttention):
         return out, k[:, first:], v[:, first:]
 
     @override
-    def _attend(self, q: Array, k: Array, v: Array, **options: Any) -> Array:
+    def _attend(self, q: Array, k: Array, v: Array, **options: Any) -> Any:
         config = self.config
         use_alibi = config.position_encoding == "alibi"
         return ops.softmax_attention(

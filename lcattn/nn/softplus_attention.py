@@ -40,13 +40,13 @@ class SoftplusAttentionConfig(AttentionConfig):
         return SoftplusAttention(self, rngs)
 
 
-class SoftplusAttention(CachedAttention):
+class SoftplusAttention(CachedAttention[SoftplusAttentionConfig]):
     """`y = Wo · softplus_attention(rotate(Wq x), rotate(Wk x), Wv x)`, without biases.
 
     The parameters are those of `SoftmaxAttention`, whose checkpoints it can take.
     """
 
-    config: SoftplusAttentionConfig
+    op = "softplus_attention"
 
     @property
     def traits(self) -> Traits:
@@ -54,7 +54,7 @@ class SoftplusAttention(CachedAttention):
         return Traits(causal=True, streaming=True, subquadratic=False)
 
     @override
-    def _attend(self, q: Array, k: Array, v: Array, **options: Any) -> Array:
+    def _attend(self, q: Array, k: Array, v: Array, **options: Any) -> Any:
         config = self.config
         return ops.softplus_attention(
             q, k, v,

@@ -17,6 +17,7 @@ from lcattn.ops.linear_attention import (
     linear_attention_state,
 )
 from lcattn.ops.positions import alibi_slopes, rotary, segment_positions
+from lcattn.ops.selective_attention import selective_attention
 from lcattn.ops.short_convolution import short_convolution
 from lcattn.ops.softmax_attention import softmax_attention
 from lcattn.ops.softplus_attention import softplus_attention
@@ -30,6 +31,7 @@ __all__ = [
     "linear_attention_state",
     "rotary",
     "segment_positions",
+    "selective_attention",
     "short_convolution",
     "softmax_attention",
     "softplus_attention",

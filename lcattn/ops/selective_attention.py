@@ -3,15 +3,18 @@
 import jax.numpy as jnp
 from jax import lax
 
-from lcattn.ops import checks
+from lcattn.ops import checks, dispatch
 from lcattn.ops.softmax_attention import softmax_attention
-from lcattn.typing import Array, Float, Int, Keys, Queries, SegmentIds, Values
+from lcattn.typing import Array, Float, Int, SegmentIds
+
+# What runs is softmax attention.
+dispatch.declare("selective_attention", dispatch.OPS["softmax_attention"])
 
 
 def selective_attention(
-    q: Queries,
-    k: Keys,
-    v: Values,
+    q: Float[Array, "B T N F"],
+    k: Float[Array, "B S K F"],
+    v: Float[Array, "B S K H"],
     query_temperature: Float[Array, "B T N"] | None = None,
     value_temperature: Float[Array, "B S K"] | None = None,
     *,
@@ -22,7 +25,7 @@ def selective_attention(
     query_position: int | Int[Array, ""] | None = None,
     key_position: int | Int[Array, ""] = 0,
     implementation: str | None = None,
-) -> Queries:
+) -> Float[Array, "B T N H"]:
     r"""Softmax attention with a gate on each query and on each value.
 
     Layout `[B,T,N,H]`; temperatures multiply in float32, output in the dtype of `q`.
@@ -49,8 +52,8 @@ def selective_attention(
     materialises T·T scores, takes n = 1 in every cached step, and ignores masks given to it.
 
     Args:
-      q: queries `[B,T,N,H]`.
-      k: keys `[B,S,K,H]`; K divides N.
+      q: queries `[B,T,N,F]`.
+      k: keys `[B,S,K,F]`; K divides N.
       v: values `[B,S,K,H]`.
       query_temperature: inverse temperature of each query `[B,T,N]`. None: 1.
       value_temperature: factor of each value `[B,S,K]`. None: 1. It is not a factor of outputs,

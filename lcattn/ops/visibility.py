@@ -37,7 +37,7 @@ class Visibility(NamedTuple):
         p = self.queries[:, :, None]
         return (self.begin[:, None] <= p) & (p < self.end[:, None])
 
-    def count(self) -> Int[Array, "b T"]:
+    def num_keys(self) -> Int[Array, "b T"]:
         """Number of keys that each query sees, without T·S memory."""
 
         def passed(edges: Array) -> Array:

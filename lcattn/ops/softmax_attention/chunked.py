@@ -116,7 +116,7 @@ def _forward(options, q, k, v, alibi, visibility):
             new_highest = jnp.maximum(highest, jnp.max(x, axis=-1, where=seen, initial=-jnp.inf))
             # Rows that have seen nothing yet keep -inf; subtract 0 there, not -inf.
             base = jnp.where(jnp.isfinite(new_highest), new_highest, 0)
-            weights = jnp.where(seen, jnp.exp(x - base[..., None]), 0)
+            weights = jnp.where(seen, _exp_below(x - base[..., None]), 0)
             kept = jnp.exp(highest - base)
             mixed = blocks.mix(weights.astype(v.dtype), walk.keys(v, j), dtype=dtype)
             return out * kept[..., None] + mixed, total * kept + weights.sum(axis=-1), new_highest
@@ -153,7 +153,7 @@ def _backward(options, residuals, cotangents):
             dq_block, dk, dv, d_slopes = carry
             k_block = walk.keys(k, j)
             x = _scores(options, walk, alibi, i, j, q_block, k_block)
-            p = jnp.where(walk.seen(i, j), jnp.exp(x - base_block[..., None]), 0)
+            p = jnp.where(walk.seen(i, j), _exp_below(x - base_block[..., None]), 0)
             dp = blocks.scores(do_block, walk.keys(v, j), dtype=dtype)
             dx = p * (dp - inner_block[..., None])
             if alibi is not None:
@@ -174,8 +174,13 @@ def _backward(options, residuals, cotangents):
     d_slopes = None if alibi is None else jnp.zeros_like(alibi.slopes) + zero[:1, :1, 0].sum()
     start = (jnp.zeros_like(k, dtype) + zero, jnp.zeros_like(v, dtype) + zero, d_slopes)
     (dk, dv, d_slopes), (dq,) = walk.over_queries(query_block, start)
-    d_alibi = None if alibi is None else Alibi(d_slopes, None, None)
+    d_alibi = alibi and alibi._replace(slopes=d_slopes, query_positions=None, key_positions=None)
     return dq, dk.astype(k.dtype), dv.astype(v.dtype), d_alibi, None
+
+
+def _exp_below(x: Array) -> Array:
+    """Exp of what is at most 0, but for a fused multiply-add of huge scores."""
+    return jnp.exp(jnp.minimum(x, 0))
 
 
 _attend.defvjp(_forward, _backward)

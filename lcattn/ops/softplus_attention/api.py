@@ -11,10 +11,13 @@ from lcattn.ops.softplus_attention.rows import Reweighting, Rows
 from lcattn.ops.visibility import visibility
 from lcattn.typing import Array, Float, Int, SegmentIds
 
-_IMPLEMENTATIONS = {
-    "xla": dispatch.Implementation(chunked.attend),
-    "reference": dispatch.Implementation(dense.reference),
-}
+dispatch.declare(
+    "softplus_attention",
+    {
+        "xla": dispatch.Implementation(chunked.attend),
+        "reference": dispatch.Implementation(dense.reference),
+    },
+)
 
 
 def softplus_attention(
@@ -96,13 +99,13 @@ def softplus_attention(
         causal=causal, segment_ids=segment_ids, query_position=query_position,
     )  # fmt: skip
     dtype = checks.accumulation_dtype(q.dtype)
-    lengths = seen.count()
+    lengths = seen.num_keys()
     rows = Rows(
         length_scale=scale * jnp.log(jnp.maximum(lengths, 1).astype(dtype)),
         length=lengths.astype(dtype),
         offset=jnp.where(lengths <= exempt_rows, 0, jnp.asarray(offset, dtype)),
     )
-    run = dispatch.choose("softplus_attention", _IMPLEMENTATIONS, implementation)
+    run = dispatch.choose("softplus_attention", implementation)
     return run(_unit(q), _unit(k), v, rows, seen, reweighting)
 
 

@@ -76,6 +76,10 @@ def _convolution_case(taps: int, *, is_variant: bool = False) -> OpCase:
     )
 
 
+def _temperatures(rng, shape):
+    return rng.uniform(0.2, 3, shape)
+
+
 def _softplus_case(power: float | None, **fields) -> OpCase:
     # Errors of the excess over the mean grow p-fold.
     loose = {"float32": 1e-4, "bfloat16": 6e-2, "float16": 1e-2}
@@ -123,6 +127,14 @@ OPS: tuple[OpCase, ...] = (
     ),
     _convolution_case(1, is_variant=True),
     _convolution_case(4),
+    OpCase(
+        name="selective_attention",
+        op=ops.selective_attention,
+        oracle=oracles.selective_attention,
+        inputs=_QKV | {"query_temperature": "B T N", "value_temperature": "B T K"},
+        draw={"query_temperature": _temperatures, "value_temperature": _temperatures},
+        bidirectional=True,
+    ),
     _softplus_case(None, chunk=256, sizes=_FEW, is_variant=True),
     _softplus_case(2.5, is_variant=True),
     _softplus_case(15.0),
@@ -145,6 +157,13 @@ def _convolution_mixer(taps: int) -> MixerCase:
     return MixerCase(name=f"ShortConvolution[taps={taps}]", config=config, chunk=max(2, taps))
 
 
+def _selective_mixer(name: str, **fields) -> MixerCase:
+    config = nn.SelectiveAttentionConfig(
+        width=16, num_heads=4, gate_init="xavier", position_init=0.3, **fields
+    )
+    return MixerCase(name=f"SelectiveAttention[{name}]", config=config)
+
+
 def _softplus_mixer(name: str, **fields) -> MixerCase:
     config = nn.SoftplusAttentionConfig(width=16, num_heads=4, **fields)
     return MixerCase(
@@ -165,6 +184,16 @@ MIXERS: tuple[MixerCase, ...] = (
     _linear_mixer("identity,norm", feature_map="identity", chunk_size=8),
     _convolution_mixer(1),
     _convolution_mixer(3),
+    _selective_mixer("raw"),
+    _selective_mixer(
+        "sigmoid,layer,grouped,window=8",
+        position="sigmoid",
+        position_per_head=True,
+        gate_per_head=False,
+        num_kv_heads=2,
+        window=8,
+    ),
+    _selective_mixer("exp,hidden", position="exp", gate_hidden=8),
     _softplus_mixer("rope,power=15"),
     _softplus_mixer(
         "nope,grouped,power=None", position_encoding="nope", num_kv_heads=2, power=None

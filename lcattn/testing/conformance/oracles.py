@@ -33,6 +33,20 @@ def softmax_attention(
     return out
 
 
+def selective_attention(
+    inputs: Inputs, segment_ids: np.ndarray | None, *, causal: bool = True
+) -> np.ndarray:
+    """Scores times the query's temperature, values times their own."""
+    q, k, v = inputs["q"], inputs["k"], inputs["v"]
+    out = np.zeros(q.shape)
+    for b, t, n, head, seen in _queries(q, k, segment_ids, causal):
+        x = inputs["query_temperature"][b, t, n] * (k[b, seen, head] @ q[b, t, n])
+        weights = np.exp((x - x.max()) / np.sqrt(q.shape[-1]))
+        values = inputs["value_temperature"][b, seen, head][:, None] * v[b, seen, head]
+        out[b, t, n] = weights @ values / weights.sum()
+    return out
+
+
 def taylor(q: np.ndarray, k: np.ndarray) -> np.ndarray:
     """1 + x + x²/2 with x = q·k / sqrt(F), the weight of each key `[s,F]` for a query `[F]`."""
     x = k @ q / np.sqrt(q.shape[-1])
