@@ -1,6 +1,7 @@
 """Token mixers: projections around an op, with a streaming state (Flax NNX)."""
 
 from lcattn.nn.attention import AttentionConfig, AttentionMixer, CachedAttention, KeyValueCache
+from lcattn.nn.core_context_attention import CoreContextAttention, CoreContextAttentionConfig
 from lcattn.nn.layers import SwiGLU
 from lcattn.nn.linear_attention import LinearAttention, LinearAttentionConfig
 from lcattn.nn.mixer import HeadsConfig, Mixer, MixerConfig
@@ -18,6 +19,8 @@ __all__ = [
     "AttentionMixer",
     "CachedAttention",
     "ConvolutionState",
+    "CoreContextAttention",
+    "CoreContextAttentionConfig",
     "HeadsConfig",
     "KeyValueCache",
     "LinearAttention",

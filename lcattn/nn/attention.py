@@ -10,9 +10,9 @@ from flax import nnx
 from jax import lax
 
 from lcattn import ops
-from lcattn.errors import argument_error
 from lcattn.nn.layers import merge_heads, projection, rms_norm, split_heads
 from lcattn.nn.mixer import HeadsConfig, Mixer, check_stream, default_positions
+from lcattn.ops import checks
 from lcattn.typing import Array, Float, Hidden, Int, Positions, SegmentIds
 
 
@@ -144,7 +144,7 @@ class CachedAttention[C: AttentionConfig](AttentionMixer[C]):
 
     def _extend(self, q: Array, k: Array, v: Array, state: KeyValueCache):
         slots, end = state.k.shape[1], state.length + q.shape[1]
-        check_room(q.shape[1], slots, state.length)
+        checks.check_room(q.shape[1], slots, state.length)
         k = lax.dynamic_update_slice_in_dim(state.k, k.astype(state.k.dtype), state.length, axis=1)
         v = lax.dynamic_update_slice_in_dim(state.v, v.astype(state.v.dtype), state.length, axis=1)
         out = self._attend(q, k.astype(q.dtype), v.astype(q.dtype), query_position=state.length)
@@ -154,11 +154,3 @@ class CachedAttention[C: AttentionConfig](AttentionMixer[C]):
 def stream_positions(x: Hidden, length: Array) -> Positions:
     """Positions of new tokens, after `length` others."""
     return jnp.broadcast_to(length + jnp.arange(x.shape[1], dtype=jnp.int32), x.shape[:2])
-
-
-def check_room(new: int, slots: int, length: Array) -> None:
-    """Raises where new tokens do not fit behind the `length` that a state of `slots` holds."""
-    if new > slots:
-        raise argument_error("x", f"at most max_length={slots} tokens", new)
-    if not isinstance(length, jax.core.Tracer) and int(length) + new > slots:
-        raise argument_error("state", f"room for {int(length) + new} tokens", f"max_length={slots}")

@@ -9,6 +9,11 @@ with queries `[B,T,N,H]`, keys and values `[B,S,K,H]` and `N % K == 0`. Sums and
 outputs have the dtype of the inputs, and `segment_ids` means: equal to running the documents apart.
 """
 
+from lcattn.ops.core_context_attention import (
+    CoreContextState,
+    core_context_attention,
+    core_context_attention_state,
+)
 from lcattn.ops.dispatch import UnsupportedImplementationError
 from lcattn.ops.linear_attention import (
     FeatureMap,
@@ -23,10 +28,13 @@ from lcattn.ops.softmax_attention import softmax_attention
 from lcattn.ops.softplus_attention import softplus_attention
 
 __all__ = [
+    "CoreContextState",
     "FeatureMap",
     "LinearAttentionState",
     "UnsupportedImplementationError",
     "alibi_slopes",
+    "core_context_attention",
+    "core_context_attention_state",
     "linear_attention",
     "linear_attention_state",
     "rotary",

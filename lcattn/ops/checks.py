@@ -120,6 +120,14 @@ def resolve_scale(scale: float | None, size: int) -> float:
     return float(scale)
 
 
+def check_room(new: int, slots: int, length: Array) -> None:
+    """Raises where new tokens do not fit behind the `length` that a state of `slots` holds."""
+    if new > slots:
+        raise argument_error("x", f"at most max_length={slots} tokens", new)
+    if not isinstance(length, jax.core.Tracer) and int(length) + new > slots:
+        raise argument_error("state", f"room for {int(length) + new} tokens", f"max_length={slots}")
+
+
 def accumulation_dtype(dtype: jnp.dtype) -> jnp.dtype:
     """The dtype of sums and states: float32, or float64 for float64 inputs."""
     return jnp.promote_types(dtype, jnp.float32)

@@ -24,10 +24,12 @@ def reference(
     seen = visibility.mask()[:, None]
     highest = jnp.max(scores, axis=-1, keepdims=True, where=seen, initial=-jnp.inf)
     highest = jax.lax.stop_gradient(jnp.where(jnp.isfinite(highest), highest, 0))
-    # A fused multiply-add can leave a huge score above its own maximum. Hidden scores are replaced
-    # before exp, so that no inf enters the gradient.
-    below = scores - highest
-    weights = jnp.where(seen, jnp.exp(jnp.where(seen & (below <= 0), below, 0)), 0)
+    # Hidden scores are replaced before exp, so that no inf enters the gradient. A fused
+    # multiply-add can leave a huge score above its own maximum: the excess is taken off, as a
+    # constant.
+    below = jnp.where(seen, scores - highest, 0)
+    below -= jax.lax.stop_gradient(jnp.maximum(below, 0))
+    weights = jnp.where(seen, jnp.exp(below), 0)
     total = weights.sum(axis=-1, keepdims=True)
     empty = total == 0
     probabilities = weights / jnp.where(empty, 1, total)

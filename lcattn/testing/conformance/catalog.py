@@ -76,6 +76,19 @@ def _convolution_case(taps: int, *, is_variant: bool = False) -> OpCase:
     )
 
 
+def _core_context_case(group_size: int, window: int, share_cores: bool = False, **fields) -> OpCase:
+    options = {"group_size": group_size, "window": window, "share_cores": share_cores}
+    return OpCase(
+        name=f"core_context_attention[group_size={group_size},window={window}"
+        + (",share_cores]" if share_cores else "]"),
+        op=ops.core_context_attention,
+        oracle=functools.partial(oracles.core_context_attention, **options),
+        inputs=_QKV,
+        options=options,
+        **{"chunk": group_size + window} | fields,
+    )
+
+
 def _temperatures(rng, shape):
     return rng.uniform(0.2, 3, shape)
 
@@ -127,6 +140,10 @@ OPS: tuple[OpCase, ...] = (
     ),
     _convolution_case(1, is_variant=True),
     _convolution_case(4),
+    _core_context_case(3, 5),
+    _core_context_case(4, 2, is_variant=True),
+    _core_context_case(3, 100, chunk=256, sizes=_FEW, is_variant=True),
+    _core_context_case(3, 5, share_cores=True, is_variant=True),
     OpCase(
         name="selective_attention",
         op=ops.selective_attention,
@@ -157,6 +174,11 @@ def _convolution_mixer(taps: int) -> MixerCase:
     return MixerCase(name=f"ShortConvolution[taps={taps}]", config=config, chunk=max(2, taps))
 
 
+def _core_context_mixer(name: str, **fields) -> MixerCase:
+    config = nn.CoreContextAttentionConfig(width=16, num_heads=4, group_size=3, window=5, **fields)
+    return MixerCase(name=f"CoreContextAttention[{name}]", config=config)
+
+
 def _selective_mixer(name: str, **fields) -> MixerCase:
     config = nn.SelectiveAttentionConfig(
         width=16, num_heads=4, gate_init="xavier", position_init=0.3, **fields
@@ -184,6 +206,9 @@ MIXERS: tuple[MixerCase, ...] = (
     _linear_mixer("identity,norm", feature_map="identity", chunk_size=8),
     _convolution_mixer(1),
     _convolution_mixer(3),
+    _core_context_mixer("rope"),
+    _core_context_mixer("nope,grouped", position_encoding="nope", num_kv_heads=2),
+    _core_context_mixer("rope,grouped,share_cores", num_kv_heads=2, share_cores=True),
     _selective_mixer("raw"),
     _selective_mixer(
         "sigmoid,layer,grouped,window=8",

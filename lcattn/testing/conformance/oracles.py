@@ -33,6 +33,35 @@ def softmax_attention(
     return out
 
 
+def core_context_attention(
+    inputs: Inputs,
+    segment_ids: np.ndarray | None,
+    *,
+    causal: bool = True,
+    group_size: int,
+    window: int,
+    share_cores: bool = False,
+) -> np.ndarray:
+    """The far past by groups, pooled by the query of their last token; the rest token by token."""
+    q, k, v = inputs["q"], inputs["k"], inputs["v"]
+    out = np.zeros((*q.shape[:3], v.shape[-1]))
+    shared = q.shape[2] // k.shape[2]
+    for b, t, n, head, seen in _queries(q, k, segment_ids, causal):
+        far = max(0, (seen.size - window) // group_size)
+        keys, values = [], []
+        for group in seen[: far * group_size].reshape(far, group_size):
+            scorer = q[b, group[-1], n]
+            if share_cores:
+                scorer = q[b, group[-1], head * shared : (head + 1) * shared].mean(axis=0)
+            weights = _softmax(k[b, group, head] @ scorer / np.sqrt(q.shape[-1]))
+            keys.append(weights @ k[b, group, head])
+            values.append(weights @ v[b, group, head])
+        near = seen[far * group_size :]
+        keys, values = np.array([*keys, *k[b, near, head]]), np.array([*values, *v[b, near, head]])
+        out[b, t, n] = _softmax(keys @ q[b, t, n] / np.sqrt(q.shape[-1])) @ values
+    return out
+
+
 def selective_attention(
     inputs: Inputs, segment_ids: np.ndarray | None, *, causal: bool = True
 ) -> np.ndarray:
@@ -116,6 +145,11 @@ def softplus_attention(
                 weights = excess**power / np.sum(excess**power)
         out[b, t, n] = weights @ v[b, seen, head]
     return out
+
+
+def _softmax(x: np.ndarray) -> np.ndarray:
+    weights = np.exp(x - x.max())
+    return weights / weights.sum()
 
 
 def _visible(
