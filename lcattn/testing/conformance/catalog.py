@@ -76,7 +76,9 @@ def _convolution_case(taps: int, *, is_variant: bool = False) -> OpCase:
     )
 
 
-def _core_context_case(group_size: int, window: int, share_cores: bool = False, **fields) -> OpCase:
+def _core_context_case(
+    group_size: int, window: int, *, share_cores: bool = False, chunk: int | None = None, **fields
+) -> OpCase:
     options = {"group_size": group_size, "window": window, "share_cores": share_cores}
     return OpCase(
         name=f"core_context_attention[group_size={group_size},window={window}"
@@ -85,7 +87,8 @@ def _core_context_case(group_size: int, window: int, share_cores: bool = False, 
         oracle=functools.partial(oracles.core_context_attention, **options),
         inputs=_QKV,
         options=options,
-        **{"chunk": group_size + window} | fields,
+        chunk=chunk or group_size + window,
+        **fields,
     )
 
 
