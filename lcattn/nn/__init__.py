@@ -2,9 +2,21 @@
 
 from lcattn.nn.attention import AttentionConfig, AttentionMixer, CachedAttention, KeyValueCache
 from lcattn.nn.core_context_attention import CoreContextAttention, CoreContextAttentionConfig
+from lcattn.nn.gated_delta_net import DeltaNetConfig, GatedDeltaNet, GatedDeltaNetConfig
+from lcattn.nn.gated_linear_attention import (
+    GatedLinearAttention,
+    GatedLinearAttentionConfig,
+    RetentionConfig,
+)
 from lcattn.nn.layers import SwiGLU
 from lcattn.nn.linear_attention import LinearAttention, LinearAttentionConfig
 from lcattn.nn.mixer import HeadsConfig, Mixer, MixerConfig
+from lcattn.nn.prefix_linear_attention import (
+    PrefixLinearAttention,
+    PrefixLinearAttentionConfig,
+    PrefixLinearAttentionState,
+)
+from lcattn.nn.recurrent import RecurrentState
 from lcattn.nn.selective_attention import SelectiveAttention, SelectiveAttentionConfig
 from lcattn.nn.short_convolution import (
     ConvolutionState,
@@ -21,12 +33,22 @@ __all__ = [
     "ConvolutionState",
     "CoreContextAttention",
     "CoreContextAttentionConfig",
+    "DeltaNetConfig",
+    "GatedDeltaNet",
+    "GatedDeltaNetConfig",
+    "GatedLinearAttention",
+    "GatedLinearAttentionConfig",
     "HeadsConfig",
     "KeyValueCache",
     "LinearAttention",
     "LinearAttentionConfig",
     "Mixer",
     "MixerConfig",
+    "PrefixLinearAttention",
+    "PrefixLinearAttentionConfig",
+    "PrefixLinearAttentionState",
+    "RecurrentState",
+    "RetentionConfig",
     "SelectiveAttention",
     "SelectiveAttentionConfig",
     "ShortConvolution",

@@ -15,11 +15,14 @@ from lcattn.ops.core_context_attention import (
     core_context_attention_state,
 )
 from lcattn.ops.dispatch import UnsupportedImplementationError
+from lcattn.ops.gated_delta_rule import gated_delta_rule
+from lcattn.ops.gated_linear_attention import gated_linear_attention
 from lcattn.ops.linear_attention import (
     FeatureMap,
     LinearAttentionState,
     linear_attention,
     linear_attention_state,
+    prefix_linear_attention,
 )
 from lcattn.ops.positions import alibi_slopes, rotary, segment_positions
 from lcattn.ops.selective_attention import selective_attention
@@ -35,8 +38,11 @@ __all__ = [
     "alibi_slopes",
     "core_context_attention",
     "core_context_attention_state",
+    "gated_delta_rule",
+    "gated_linear_attention",
     "linear_attention",
     "linear_attention_state",
+    "prefix_linear_attention",
     "rotary",
     "segment_positions",
     "selective_attention",

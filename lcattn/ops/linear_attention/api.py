@@ -1,16 +1,16 @@
 """The public op: arguments, checks, the normaliser, and the choice of an implementation."""
 
-import dataclasses
-from typing import no_type_check
-
-import jax
-import jax.numpy as jnp
-from jax.typing import DTypeLike
-
 from lcattn.errors import argument_error
 from lcattn.ops import checks, dispatch
 from lcattn.ops.linear_attention import chunked, features, recurrent
 from lcattn.ops.linear_attention.features import FeatureMap
+from lcattn.ops.linear_attention.state import (
+    LinearAttentionState,
+    divided,
+    merged,
+    split,
+    with_normalizer,
+)
 from lcattn.typing import Array, Float, SegmentIds
 
 dispatch.declare(
@@ -20,26 +20,6 @@ dispatch.declare(
         "reference": dispatch.Implementation(recurrent.attend),
     },
 )
-
-# Tokens a chunk, and the length up to which one chunk (the quadratic form) is faster still; see
-# benchmarks/. A GPU pays for every step of a loop, a CPU for every score.
-_CHUNK = {"cpu": 128, "gpu": 256, "tpu": 256}
-_QUADRATIC_UP_TO = {"cpu": 256, "gpu": 1024, "tpu": 1024}
-
-
-@no_type_check  # JAX also fills it with shapes and specs
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class LinearAttentionState:
-    """What linear attention remembers of the past: a sum over keys, in float32.
-
-    Attributes:
-      kv: sum of phi(k) vᵀ, `[B,K,D,H]` with D features.
-      normalizer: sum of phi(k), `[B,K,D]`; None where outputs are not normalised.
-    """
-
-    kv: Float[Array, "B K D H"]
-    normalizer: Float[Array, "B K D"] | None
 
 
 def linear_attention(
@@ -102,82 +82,17 @@ def linear_attention(
     """
     sizes = checks.check_heads(q, k, v, segment_ids)
     scale = checks.resolve_scale(scale, sizes.F)
-    if chunk_size is not None:
-        checks.check_size("chunk_size", chunk_size)
+    chunk_size = chunked.resolve_chunk(chunk_size, sizes.S)
     if causal and sizes.T != sizes.S:
         raise argument_error("q", f"T={sizes.S} queries, as many as keys, when causal", sizes.T)
     if normalize is None:
         normalize = features.is_normalized_by_default(feature_map)
-    similarity, q_mapped, k_mapped = features.resolve(feature_map, q, k)
-    dtype = checks.accumulation_dtype(q.dtype)
-    state_shape = (sizes.B, sizes.K, features.feature_size(similarity, k_mapped), sizes.H)
-    state = _merged(initial_state, normalize, state_shape, dtype)
-
-    # The normaliser is one more value that every token has: 1.
-    values = jnp.concatenate([v, jnp.ones_like(v[..., :1])], axis=-1) if normalize else v
+    similarity, queries, keys = features.resolve(feature_map, q, k)
+    state = merged(initial_state, normalize, similarity, keys, v)
     run = dispatch.choose("linear_attention", implementation)
     out, state = run(
-        similarity, q_mapped, k_mapped, values, segment_ids, state,
-        causal=causal, scale=scale, chunk_size=chunk_size or _default_chunk(sizes.S),
+        similarity, queries, keys, with_normalizer(v, normalize), segment_ids, state,
+        causal=causal, scale=scale, chunk_size=chunk_size,
     )  # fmt: skip
-    if normalize:
-        total = out[..., -1:]
-        out = jnp.where(total == 0, 0, out[..., :-1] / jnp.where(total == 0, 1, total))
-    out = out.astype(q.dtype)
-    return (out, _split(state, normalize)) if return_state else out
-
-
-def linear_attention_state(
-    batch_size: int,
-    num_kv_heads: int,
-    key_size: int,
-    value_size: int,
-    *,
-    feature_map: FeatureMap = "taylor",
-    normalize: bool | None = None,
-    dtype: DTypeLike = jnp.float32,
-) -> LinearAttentionState:
-    """The state before the first token: zeros of the right shape.
-
-    Args:
-      batch_size: B.
-      num_kv_heads: K.
-      key_size: F, the size of q and k before the feature map.
-      value_size: H.
-      feature_map: as in `linear_attention`.
-      normalize: as in `linear_attention`.
-      dtype: float32, or float64 for float64 inputs.
-    """
-    if normalize is None:
-        normalize = features.is_normalized_by_default(feature_map)
-    probe = jnp.zeros((1, 1, 1, key_size), dtype)
-    similarity, _, mapped = features.resolve(feature_map, probe, probe)
-    size = features.feature_size(similarity, mapped)
-    kv = jnp.zeros((batch_size, num_kv_heads, size, value_size), dtype)
-    return LinearAttentionState(kv=kv, normalizer=kv[..., 0] if normalize else None)
-
-
-def _default_chunk(length: int) -> int:
-    platform = dispatch.default_platform()
-    return length if length <= _QUADRATIC_UP_TO[platform] else _CHUNK[platform]
-
-
-def _merged(state: LinearAttentionState | None, normalize: bool, shape, dtype) -> Array | None:
-    """The state as the loops carry it: the normaliser is the last column of kv."""
-    if state is None:
-        return None
-    checks.check_shape("initial_state.kv", state.kv, shape, "[B,K,D,H]")
-    if normalize != (state.normalizer is not None):
-        wanted = "a normalizer" if normalize else "no normalizer"
-        raise argument_error("initial_state", f"{wanted}, as normalize={normalize}", "the opposite")
-    kv = state.kv.astype(dtype)
-    if state.normalizer is None:
-        return kv
-    checks.check_shape("initial_state.normalizer", state.normalizer, shape[:-1], "[B,K,D]")
-    return jnp.concatenate([kv, state.normalizer.astype(dtype)[..., None]], axis=-1)
-
-
-def _split(state: Array, normalize: bool) -> LinearAttentionState:
-    if not normalize:
-        return LinearAttentionState(kv=state, normalizer=None)
-    return LinearAttentionState(kv=state[..., :-1], normalizer=state[..., -1])
+    out = divided(out, normalize).astype(q.dtype)
+    return (out, split(state, normalize)) if return_state else out
