@@ -1,5 +1,7 @@
 """Token mixers: projections around an op, with a streaming state (Flax NNX)."""
 
+from lcattn.nn.attention import AttentionConfig, AttentionMixer, CachedAttention, KeyValueCache
+from lcattn.nn.core_context_attention import CoreContextAttention, CoreContextAttentionConfig
 from lcattn.nn.gated_delta_net import DeltaNetConfig, GatedDeltaNet, GatedDeltaNetConfig
 from lcattn.nn.gated_linear_attention import (
     GatedLinearAttention,
@@ -15,15 +17,22 @@ from lcattn.nn.prefix_linear_attention import (
     PrefixLinearAttentionState,
 )
 from lcattn.nn.recurrent import RecurrentState
+from lcattn.nn.selective_attention import SelectiveAttention, SelectiveAttentionConfig
 from lcattn.nn.short_convolution import (
     ConvolutionState,
     ShortConvolution,
     ShortConvolutionConfig,
 )
-from lcattn.nn.softmax_attention import KeyValueCache, SoftmaxAttention, SoftmaxAttentionConfig
+from lcattn.nn.softmax_attention import SoftmaxAttention, SoftmaxAttentionConfig
+from lcattn.nn.softplus_attention import SoftplusAttention, SoftplusAttentionConfig
 
 __all__ = [
+    "AttentionConfig",
+    "AttentionMixer",
+    "CachedAttention",
     "ConvolutionState",
+    "CoreContextAttention",
+    "CoreContextAttentionConfig",
     "DeltaNetConfig",
     "GatedDeltaNet",
     "GatedDeltaNetConfig",
@@ -40,9 +49,13 @@ __all__ = [
     "PrefixLinearAttentionState",
     "RecurrentState",
     "RetentionConfig",
+    "SelectiveAttention",
+    "SelectiveAttentionConfig",
     "ShortConvolution",
     "ShortConvolutionConfig",
     "SoftmaxAttention",
     "SoftmaxAttentionConfig",
+    "SoftplusAttention",
+    "SoftplusAttentionConfig",
     "SwiGLU",
 ]

@@ -9,6 +9,11 @@ with queries `[B,T,N,H]`, keys and values `[B,S,K,H]` and `N % K == 0`. Sums and
 outputs have the dtype of the inputs, and `segment_ids` means: equal to running the documents apart.
 """
 
+from lcattn.ops.core_context_attention import (
+    CoreContextState,
+    core_context_attention,
+    core_context_attention_state,
+)
 from lcattn.ops.dispatch import UnsupportedImplementationError
 from lcattn.ops.gated_delta_rule import gated_delta_rule
 from lcattn.ops.gated_linear_attention import gated_linear_attention
@@ -20,14 +25,19 @@ from lcattn.ops.linear_attention import (
     prefix_linear_attention,
 )
 from lcattn.ops.positions import alibi_slopes, rotary, segment_positions
+from lcattn.ops.selective_attention import selective_attention
 from lcattn.ops.short_convolution import short_convolution
 from lcattn.ops.softmax_attention import softmax_attention
+from lcattn.ops.softplus_attention import softplus_attention
 
 __all__ = [
+    "CoreContextState",
     "FeatureMap",
     "LinearAttentionState",
     "UnsupportedImplementationError",
     "alibi_slopes",
+    "core_context_attention",
+    "core_context_attention_state",
     "gated_delta_rule",
     "gated_linear_attention",
     "linear_attention",
@@ -35,6 +45,8 @@ __all__ = [
     "prefix_linear_attention",
     "rotary",
     "segment_positions",
+    "selective_attention",
     "short_convolution",
     "softmax_attention",
+    "softplus_attention",
 ]

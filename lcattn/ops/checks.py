@@ -92,6 +92,25 @@ def check_size(name: str, value: object) -> None:
         raise argument_error(name, "a whole number of at least 1", repr(value))
 
 
+def resolve_query_position(
+    position: int | Array | None,
+    sizes: Sizes,
+    *,
+    causal: bool,
+    segment_ids: Array | None,
+    key_position: int | Array = 0,
+) -> int | Array:
+    """The position of the first query. Default: the queries are the last T of the S tokens."""
+    aligned = position is None and isinstance(key_position, int) and key_position == 0
+    if segment_ids is not None and not aligned:
+        raise argument_error("segment_ids", "None where positions are given", "both")
+    if position is not None:
+        return position
+    if causal and aligned and sizes.T > sizes.S:
+        raise argument_error("q", f"at most S={sizes.S} queries when causal", f"T={sizes.T}")
+    return key_position + sizes.S - sizes.T
+
+
 def resolve_scale(scale: float | None, size: int) -> float:
     """The given scale, or `size ** -0.5`."""
     if scale is None:
@@ -99,6 +118,14 @@ def resolve_scale(scale: float | None, size: int) -> float:
     if isinstance(scale, jax.core.Tracer) or not math.isfinite(scale):
         raise argument_error("scale", "a finite Python float (fold learned scales into q)", scale)
     return float(scale)
+
+
+def check_room(new: int, slots: int, length: Array) -> None:
+    """Raises where new tokens do not fit behind the `length` that a state of `slots` holds."""
+    if new > slots:
+        raise argument_error("x", f"at most max_length={slots} tokens", new)
+    if not isinstance(length, jax.core.Tracer) and int(length) + new > slots:
+        raise argument_error("state", f"room for {int(length) + new} tokens", f"max_length={slots}")
 
 
 def accumulation_dtype(dtype: jnp.dtype) -> jnp.dtype:

@@ -2,10 +2,10 @@
 
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
 from lcattn.errors import argument_error
 from lcattn.ops import checks
+from lcattn.ops.segments import document_bounds
 from lcattn.typing import Array, Float, Positions, SegmentIds
 
 
@@ -61,9 +61,9 @@ def alibi_slopes(num_heads: int) -> Float[Array, "N"]:
 
 
 def segment_positions(segment_ids: SegmentIds) -> Positions:
-    """Position of each token in its document, counted from 0; 0 for padding."""
-    index = jnp.arange(segment_ids.shape[1], dtype=jnp.int32)
-    previous = jnp.pad(segment_ids[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
-    starts = jnp.where(segment_ids != previous, index, 0)
-    positions = index - lax.cummax(starts, axis=1)
-    return jnp.where(segment_ids < 0, 0, positions)
+    """Number of tokens of the same document before each token; 0 for padding."""
+    is_real = segment_ids >= 0
+    before = jnp.cumsum(is_real, axis=1, dtype=jnp.int32) - is_real
+    first, _ = document_bounds(segment_ids)
+    positions = before - jnp.take_along_axis(before, first, axis=1)
+    return jnp.where(is_real, positions, 0)

@@ -52,3 +52,18 @@ def chunk_masks(ids: Int[Array, "n B C"]) -> ChunkMasks:
         write=(ids == after[..., None]) & real,
         keep=before == after,
     )
+
+
+def document_bounds(ids: Int[Array, "B T"]) -> tuple[Int[Array, "B T"], Int[Array, "B T"]]:
+    """The first position of each token's document, and the one after its last.
+
+    Padding counts as part of the document before it.
+    """
+    T = ids.shape[1]
+    index = jnp.arange(T, dtype=jnp.int32)
+    owner = lax.cummax(ids, axis=1)
+    is_new = jnp.pad(owner[:, 1:] != owner[:, :-1], ((0, 0), (1, 0)))
+    first = lax.cummax(jnp.where(is_new, index, 0), axis=1)
+    is_last = jnp.pad(is_new[:, 1:], ((0, 0), (0, 1)), constant_values=True)
+    end = lax.cummin(jnp.where(is_last, index + 1, T), axis=1, reverse=True)
+    return first, end

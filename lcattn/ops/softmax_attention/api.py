@@ -5,6 +5,8 @@ import jax.numpy as jnp
 from lcattn.errors import argument_error
 from lcattn.ops import checks, dispatch
 from lcattn.ops.softmax_attention import chunked, dense
+from lcattn.ops.softmax_attention.alibi import Alibi
+from lcattn.ops.visibility import visibility
 from lcattn.typing import Array, Float, Int, SegmentIds
 
 dispatch.declare(
@@ -80,23 +82,29 @@ def softmax_attention(
             window = None
     if alibi_slopes is not None:
         checks.check_shape("alibi_slopes", alibi_slopes, (sizes.N,), "[N]")
-        alibi_slopes = alibi_slopes.astype(checks.accumulation_dtype(q.dtype))
     aligned = query_position is None and isinstance(key_position, int) and key_position == 0
-    if query_position is None:
-        query_position = key_position + sizes.S - sizes.T
-    if causal and aligned and sizes.T > sizes.S:
-        raise argument_error("q", f"at most S={sizes.S} queries when causal", f"T={sizes.T}")
-
+    query_position = checks.resolve_query_position(
+        query_position, sizes, causal=causal, segment_ids=segment_ids, key_position=key_position
+    )
     run = dispatch.choose(
         "softmax_attention", implementation,
-        sizes=sizes, dtype=q.dtype, causal=causal, window=window, segment_ids=segment_ids,
+        sizes=sizes, dtype=q.dtype, causal=causal, segment_ids=segment_ids,
         alibi_slopes=alibi_slopes, aligned=aligned, return_lse=return_lse,
     )  # fmt: skip
+    seen = visibility(
+        sizes.T, sizes.S, causal=causal, window=window, segment_ids=segment_ids,
+        query_position=query_position, key_position=key_position,
+    )  # fmt: skip
+    alibi = None
+    if alibi_slopes is not None:
+        alibi = Alibi(
+            alibi_slopes.astype(checks.accumulation_dtype(q.dtype)),
+            query_position + jnp.arange(sizes.T, dtype=jnp.int32),
+            key_position + jnp.arange(sizes.S, dtype=jnp.int32),
+        )
     out, lse = run(
         q, k, v,
-        segment_ids=segment_ids, alibi_slopes=alibi_slopes,
-        query_position=jnp.asarray(query_position, jnp.int32),
-        key_position=jnp.asarray(key_position, jnp.int32),
-        causal=causal, window=window, scale=scale, aligned=aligned, return_lse=return_lse,
+        visibility=seen, alibi=alibi, scale=scale, causal=causal, window=window,
+        is_plain=aligned and segment_ids is None, return_lse=return_lse,
     )  # fmt: skip
     return (out, lse) if return_lse else out

@@ -5,29 +5,31 @@ import jax.numpy as jnp
 
 from lcattn.ops import dispatch
 from lcattn.ops.checks import Sizes, accumulation_dtype
-from lcattn.ops.softmax_attention.masking import distance_bias, visible
+from lcattn.ops.softmax_attention.alibi import Alibi
+from lcattn.ops.visibility import Visibility
 from lcattn.typing import Array
 
 
 def reference(
-    q, k, v, *, segment_ids, alibi_slopes, query_position, key_position, causal, window, scale,
-    aligned, return_lse,
-) -> tuple[Array, Array]:  # fmt: skip
+    q, k, v, *, visibility: Visibility, alibi: Alibi | None, scale: float, **rest
+) -> tuple[Array, Array]:
     """The formula of the docstring, term by term; materialises T·S scores."""
-    del aligned, return_lse
-    (B, T, N, _), (S, K) = q.shape, k.shape[1:3]
+    del rest
+    (B, T, N, _), K = q.shape, k.shape[2]
     dtype = accumulation_dtype(q.dtype)
     k, v = (jnp.repeat(x, N // K, axis=2) for x in (k, v))
     scores = scale * jnp.einsum("btnh,bsnh->bnts", q, k, preferred_element_type=dtype)
-    t, s = query_position + jnp.arange(T), key_position + jnp.arange(S)
-    if alibi_slopes is not None:
-        scores += distance_bias(alibi_slopes, t, s)
-    segments = None if segment_ids is None else (segment_ids, segment_ids)
-    seen = visible(t, s, segments, causal=causal, window=window)[:, None]
+    if alibi is not None:
+        scores += alibi.bias()
+    seen = visibility.mask()[:, None]
     highest = jnp.max(scores, axis=-1, keepdims=True, where=seen, initial=-jnp.inf)
     highest = jax.lax.stop_gradient(jnp.where(jnp.isfinite(highest), highest, 0))
-    # Hidden scores are replaced before exp, so that no inf enters the gradient.
-    weights = jnp.where(seen, jnp.exp(jnp.where(seen, scores - highest, 0)), 0)
+    # Hidden scores are replaced before exp, so that no inf enters the gradient. A fused
+    # multiply-add can leave a huge score above its own maximum: the excess is taken off, as a
+    # constant.
+    below = jnp.where(seen, scores - highest, 0)
+    below -= jax.lax.stop_gradient(jnp.maximum(below, 0))
+    weights = jnp.where(seen, jnp.exp(below), 0)
     total = weights.sum(axis=-1, keepdims=True)
     empty = total == 0
     probabilities = weights / jnp.where(empty, 1, total)
@@ -37,20 +39,17 @@ def reference(
 
 
 def materialized(
-    q, k, v, *, segment_ids, alibi_slopes, query_position, key_position, causal, window, scale,
-    aligned,
+    q, k, v, *, visibility: Visibility, alibi: Alibi | None, scale: float, causal: bool,
+    window: int | None, is_plain: bool,
 ) -> Array:  # fmt: skip
     """`jax.nn.dot_product_attention` with the mask spelled out; for short sequences."""
-    if aligned and q.shape[1] == k.shape[1] and segment_ids is None and alibi_slopes is None:
+    if is_plain and q.shape[1] == k.shape[1] and alibi is None:
         reach = None if window is None else (window - 1, 0)
         return jax.nn.dot_product_attention(
             q, k, v, scale=scale, is_causal=causal, local_window_size=reach, implementation="xla"
         )
-    t = query_position + jnp.arange(q.shape[1])
-    s = key_position + jnp.arange(k.shape[1])
-    segments = None if segment_ids is None else (segment_ids, segment_ids)
-    seen = visible(t, s, segments, causal=causal, window=window)[:, None]
-    bias = None if alibi_slopes is None else distance_bias(alibi_slopes, t, s)[None]
+    seen = visibility.mask()[:, None]
+    bias = None if alibi is None else alibi.bias()[None]
     out = jax.nn.dot_product_attention(
         q, k, v, bias=bias, mask=seen, scale=scale, implementation="xla"
     )
@@ -73,10 +72,9 @@ def cudnn(q, k, v, *, causal, window, scale, **rest) -> tuple[Array, None]:
 
 
 def cudnn_objection(
-    *, sizes: Sizes, dtype, causal, window, segment_ids, alibi_slopes, aligned, return_lse
+    *, sizes: Sizes, dtype, causal, segment_ids, alibi_slopes, aligned, return_lse
 ) -> str | None:
     """Why cuDNN cannot serve a call, or None."""
-    del window
     if dispatch.default_platform() != "gpu":
         return f"needs a GPU; computations run on {dispatch.default_platform()!r} here"
     if dtype not in (jnp.bfloat16, jnp.float16):

@@ -12,6 +12,7 @@ from lcattn.nn.layers import unit_norm
 from lcattn.testing.conformance import oracles
 from lcattn.testing.conformance.cases import MixerCase, OpCase
 
+_FEW = {"B": 2, "N": 2, "K": 1, "H": 4}  # sizes for lengths of several blocks
 _QKV = {"q": "B T N H", "k": "B T K H", "v": "B T K H"}
 
 
@@ -40,8 +41,7 @@ def _blocks_case(name: str, **fields) -> OpCase:
     """With the log-sum-exp, "xla" runs block by block, 256 tokens each."""
     case = _softmax_case(name, chunk=256, **fields)
     oracle = functools.partial(case.oracle, return_lse=True)
-    sizes = {"B": 2, "N": 2, "K": 1, "H": 4}
-    return dataclasses.replace(case, op=_with_log_sum_exp, oracle=oracle, sizes=sizes)
+    return dataclasses.replace(case, op=_with_log_sum_exp, oracle=oracle, sizes=_FEW)
 
 
 def _linear_case(
@@ -137,6 +137,42 @@ def _convolution_case(taps: int, *, is_variant: bool = False) -> OpCase:
     )
 
 
+def _core_context_case(
+    group_size: int, window: int, *, share_cores: bool = False, chunk: int | None = None, **fields
+) -> OpCase:
+    options = {"group_size": group_size, "window": window, "share_cores": share_cores}
+    return OpCase(
+        name=f"core_context_attention[group_size={group_size},window={window}"
+        + (",share_cores]" if share_cores else "]"),
+        op=ops.core_context_attention,
+        oracle=functools.partial(oracles.core_context_attention, **options),
+        inputs=_QKV,
+        options=options,
+        chunk=chunk or group_size + window,
+        **fields,
+    )
+
+
+def _temperatures(rng, shape):
+    return rng.uniform(0.2, 3, shape)
+
+
+def _softplus_case(power: float | None, **fields) -> OpCase:
+    # Errors of the excess over the mean grow p-fold.
+    loose = {"float32": 1e-4, "bfloat16": 6e-2, "float16": 1e-2}
+    return OpCase(
+        name="softplus_attention" + (f"[power={power}]" if power else ""),
+        op=ops.softplus_attention,
+        oracle=functools.partial(oracles.softplus_attention, power=power),
+        inputs=_QKV,
+        options={"power": power},
+        bidirectional=True,
+        value_tolerance={"float64": 1e-12} | loose,
+        gradient_tolerance={"float64": 1e-10} | loose,
+        **fields,
+    )
+
+
 def _square_plus(x):
     return x * x + 0.1
 
@@ -172,6 +208,22 @@ OPS: tuple[OpCase, ...] = (
     _delta_case("log_decay=None", "B T K", decay=False, is_variant=True),
     _convolution_case(1, is_variant=True),
     _convolution_case(4),
+    _core_context_case(3, 5),
+    _core_context_case(4, 2, is_variant=True),
+    _core_context_case(3, 100, chunk=256, sizes=_FEW, is_variant=True),
+    _core_context_case(3, 5, share_cores=True, is_variant=True),
+    OpCase(
+        name="selective_attention",
+        op=ops.selective_attention,
+        oracle=oracles.selective_attention,
+        inputs=_QKV | {"query_temperature": "B T N", "value_temperature": "B T K"},
+        draw={"query_temperature": _temperatures, "value_temperature": _temperatures},
+        bidirectional=True,
+    ),
+    _softplus_case(None, chunk=256, sizes=_FEW, is_variant=True),
+    _softplus_case(2.5, is_variant=True),
+    _softplus_case(15.0),
+    _softplus_case(3.0, chunk=256, sizes=_FEW, is_variant=True),
 )  # fmt: skip
 
 
@@ -188,6 +240,26 @@ def _linear_mixer(name: str, **fields) -> MixerCase:
 def _convolution_mixer(taps: int) -> MixerCase:
     config = nn.ShortConvolutionConfig(width=16, kernel_size=taps)
     return MixerCase(name=f"ShortConvolution[taps={taps}]", config=config, chunk=max(2, taps))
+
+
+def _core_context_mixer(name: str, **fields) -> MixerCase:
+    config = nn.CoreContextAttentionConfig(width=16, num_heads=4, group_size=3, window=5, **fields)
+    return MixerCase(name=f"CoreContextAttention[{name}]", config=config)
+
+
+def _selective_mixer(name: str, **fields) -> MixerCase:
+    config = nn.SelectiveAttentionConfig(
+        width=16, num_heads=4, gate_init="xavier", position_init=0.3, **fields
+    )
+    return MixerCase(name=f"SelectiveAttention[{name}]", config=config)
+
+
+def _softplus_mixer(name: str, **fields) -> MixerCase:
+    config = nn.SoftplusAttentionConfig(width=16, num_heads=4, **fields)
+    return MixerCase(
+        name=f"SoftplusAttention[{name}]", config=config,
+        tolerance=1e-4, low_precision_tolerance=1e-1,
+    )  # fmt: skip
 
 
 def _gated_mixer(name: str, kind=nn.GatedLinearAttentionConfig, **fields) -> MixerCase:
@@ -224,4 +296,21 @@ MIXERS: tuple[MixerCase, ...] = (
     ),
     _convolution_mixer(1),
     _convolution_mixer(3),
+    _core_context_mixer("rope"),
+    _core_context_mixer("nope,grouped", position_encoding="nope", num_kv_heads=2),
+    _core_context_mixer("rope,grouped,share_cores", num_kv_heads=2, share_cores=True),
+    _selective_mixer("raw"),
+    _selective_mixer(
+        "sigmoid,layer,grouped,window=8",
+        position="sigmoid",
+        position_per_head=True,
+        gate_per_head=False,
+        num_kv_heads=2,
+        window=8,
+    ),
+    _selective_mixer("exp,hidden", position="exp", gate_hidden=8),
+    _softplus_mixer("rope,power=15"),
+    _softplus_mixer(
+        "nope,grouped,power=None", position_encoding="nope", num_kv_heads=2, power=None
+    ),
 )

@@ -33,6 +33,49 @@ def softmax_attention(
     return out
 
 
+def core_context_attention(
+    inputs: Inputs,
+    segment_ids: np.ndarray | None,
+    *,
+    causal: bool = True,
+    group_size: int,
+    window: int,
+    share_cores: bool = False,
+) -> np.ndarray:
+    """The far past by groups, pooled by the query of their last token; the rest token by token."""
+    q, k, v = inputs["q"], inputs["k"], inputs["v"]
+    out = np.zeros((*q.shape[:3], v.shape[-1]))
+    shared = q.shape[2] // k.shape[2]
+    for b, t, n, head, seen in _queries(q, k, segment_ids, causal):
+        far = max(0, (seen.size - window) // group_size)
+        keys, values = [], []
+        for group in seen[: far * group_size].reshape(far, group_size):
+            scorer = q[b, group[-1], n]
+            if share_cores:
+                scorer = q[b, group[-1], head * shared : (head + 1) * shared].mean(axis=0)
+            weights = _softmax(k[b, group, head] @ scorer / np.sqrt(q.shape[-1]))
+            keys.append(weights @ k[b, group, head])
+            values.append(weights @ v[b, group, head])
+        near = seen[far * group_size :]
+        keys, values = np.array([*keys, *k[b, near, head]]), np.array([*values, *v[b, near, head]])
+        out[b, t, n] = _softmax(keys @ q[b, t, n] / np.sqrt(q.shape[-1])) @ values
+    return out
+
+
+def selective_attention(
+    inputs: Inputs, segment_ids: np.ndarray | None, *, causal: bool = True
+) -> np.ndarray:
+    """Scores times the query's temperature, values times their own."""
+    q, k, v = inputs["q"], inputs["k"], inputs["v"]
+    out = np.zeros(q.shape)
+    for b, t, n, head, seen in _queries(q, k, segment_ids, causal):
+        x = inputs["query_temperature"][b, t, n] * (k[b, seen, head] @ q[b, t, n])
+        weights = np.exp((x - x.max()) / np.sqrt(q.shape[-1]))
+        values = inputs["value_temperature"][b, seen, head][:, None] * v[b, seen, head]
+        out[b, t, n] = weights @ values / weights.sum()
+    return out
+
+
 def taylor(q: np.ndarray, k: np.ndarray) -> np.ndarray:
     """1 + x + x²/2 with x = q·k / sqrt(F), the weight of each key `[s,F]` for a query `[F]`."""
     x = k @ q / np.sqrt(q.shape[-1])
@@ -114,6 +157,35 @@ def short_convolution(
             if t - s < weight.shape[1]:
                 y[b, t] += weight[:, weight.shape[1] - 1 - (t - s)] * x[b, s]
     return y
+
+
+def softplus_attention(
+    inputs: Inputs,
+    segment_ids: np.ndarray | None,
+    *,
+    causal: bool = True,
+    power: float | None = None,
+) -> np.ndarray:
+    """LSSA, or LSSAR with a power: lengths count the visible keys, flat rows stay as they are."""
+    q, k, v = inputs["q"], inputs["k"], inputs["v"]
+    out = np.zeros((*q.shape[:3], v.shape[-1]))
+    for b, t, n, head, seen in _queries(q, k, segment_ids, causal):
+        keys, query = k[b, seen, head], q[b, t, n]
+        lengths = np.sqrt(np.sum(keys**2, axis=-1) + 1e-12) * np.sqrt(query @ query + 1e-12)
+        scores = np.log(q.shape[-1]) * np.log(seen.size) * (keys @ query) / lengths
+        weights = np.logaddexp(scores, 0)
+        weights /= weights.sum()
+        if power is not None:
+            excess = np.maximum(seen.size * weights - (seen.size > 3), 0)
+            if excess.max() > 1e-5:
+                weights = excess**power / np.sum(excess**power)
+        out[b, t, n] = weights @ v[b, seen, head]
+    return out
+
+
+def _softmax(x: np.ndarray) -> np.ndarray:
+    weights = np.exp(x - x.max())
+    return weights / weights.sum()
 
 
 def _visible(

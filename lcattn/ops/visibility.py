@@ -1,0 +1,87 @@
+"""Which query sees which key: every key is seen from one position on, until another.
+
+Causality, sliding windows, packed documents and keys that give way to a summary of them all have
+this form, so one mask and one walk over blocks (`lcattn.ops.blocks`) serve them.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from lcattn.ops.segments import document_bounds
+from lcattn.typing import Array, Bool, Int
+
+ALWAYS = jnp.iinfo(jnp.int32).min
+"""The begin of a key that every query sees."""
+
+NEVER = jnp.iinfo(jnp.int32).max
+"""The end of a key that no later query loses sight of."""
+
+HIDDEN = -1
+"""The position of a query that sees nothing, where keys begin at 0 or later."""
+
+
+class Visibility(NamedTuple):
+    """A query at position p sees the keys with `begin <= p < end`.
+
+    The leading axis b is B, or 1 where all rows are alike.
+    """
+
+    queries: Int[Array, "b T"]
+    begin: Int[Array, "b S"]
+    end: Int[Array, "b S"]
+
+    def mask(self) -> Bool[Array, "b T S"]:
+        """True where query t sees key s."""
+        p = self.queries[:, :, None]
+        return (self.begin[:, None] <= p) & (p < self.end[:, None])
+
+    def num_keys(self) -> Int[Array, "b T"]:
+        """Number of keys that each query sees, without T·S memory."""
+
+        def passed(edges: Array) -> Array:
+            search = jax.vmap(lambda e, p: jnp.searchsorted(e, p, side="right"))
+            return search(jnp.sort(edges, axis=1), self.queries)
+
+        # A key that is never seen begins and ends at one position, and cancels.
+        return (passed(self.begin) - passed(self.end)).astype(jnp.int32)
+
+
+def visibility(
+    num_queries: int,
+    num_keys: int,
+    *,
+    causal: bool,
+    window: int | None = None,
+    segment_ids: Int[Array, "B T"] | None = None,
+    query_position: Int[Array, ""] | int = 0,
+    key_position: Int[Array, ""] | int = 0,
+) -> Visibility:
+    """The visibility of T consecutive queries and S consecutive keys.
+
+    `window` counts the keys seen, the query's own included. `causal=True, window=2`::
+
+             key 0 1 2 3
+        query 0  x . . .
+        query 1  x x . .
+        query 2  . x x .
+        query 3  . . x x
+
+    Keys at negative positions do not exist: a cache that is not yet full ends with the newest key.
+    With `segment_ids` queries and keys are the same tokens, at positions 0 to T-1.
+    """
+    keys = (key_position + jnp.arange(num_keys, dtype=jnp.int32))[None]
+    if segment_ids is None:
+        queries = (query_position + jnp.arange(num_queries, dtype=jnp.int32))[None]
+        begin = keys if causal else jnp.full_like(keys, ALWAYS)
+        end = jnp.full_like(keys, NEVER)
+        exists = keys >= 0
+    else:
+        exists = segment_ids >= 0
+        queries = jnp.where(exists, keys, HIDDEN)
+        first, end = document_bounds(segment_ids)
+        begin = jnp.broadcast_to(keys, first.shape) if causal else first
+    if window is not None:
+        end = jnp.minimum(end, keys + window)
+    return Visibility(queries, begin, jnp.where(exists, end, begin))
