@@ -1,0 +1,39 @@
+"""Register tiles `[64, 64]`: layouts, masks and broadcasts."""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+TILE = 64
+"""Tokens a chunk, features a slice and values a block: the rows of one wgmma."""
+
+WGMMA = plgpu.Layout.WGMMA
+ALONG_ROWS = WGMMA.reduce(1)  # one number a row of a tile
+ALONG_COLUMNS = WGMMA.reduce(0)  # one number a column
+
+
+def iota(axis: int) -> jax.Array:
+    """The row (axis 0) or column (axis 1) of each element."""
+    return plgpu.broadcasted_iota(jnp.int32, (TILE, TILE), axis, layout=WGMMA)
+
+
+def over_columns(vector: jax.Array) -> jax.Array:
+    """`[64]`, one number a row, over all columns."""
+    return lax.broadcast_in_dim(vector, (TILE, TILE), [0])
+
+
+def over_rows(vector: jax.Array) -> jax.Array:
+    """`[64]`, one number a column, over all rows."""
+    return lax.broadcast_in_dim(vector, (TILE, TILE), [1])
+
+
+def as_operand(tile):
+    """What the matrix unit takes: a register tile in bfloat16, a shared-memory ref as it is."""
+    return tile.astype(jnp.bfloat16) if isinstance(tile, jax.Array) else tile
+
+
+def columns_of(ref, widths: tuple[int, ...]) -> list:
+    """Views of a shared-memory tile's columns, of the given equal widths."""
+    return [ref.at[:, pl.ds(i * width, width)] for i, width in enumerate(widths)]
