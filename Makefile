@@ -15,6 +15,7 @@ demo: $(INSTALLED)
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -n $(WORKERS) --dist=worksteal
+	JAX_PLATFORMS=cpu JAX_COMPILATION_CACHE_DIR=$(CURDIR)/.cache/jax $(BIN)/python -m pytest --nbmake colab
 
 lint: $(INSTALLED)
 	$(BIN)/ruff format --check

@@ -124,7 +124,21 @@ def _matches(value: Any, hint: Any) -> bool:
     # bool is an int to Python; a flag where a number belongs is a mistake.
     if isinstance(value, bool) and hint is not Any and bool not in _alternatives(hint):
         return False
-    return is_bearable(value, hint)
+    options = (option for option in _alternatives(hint) if is_bearable(value, option))
+    return any(_items_match(value, option) for option in options)
+
+
+def _items_match(value: Any, hint: Any) -> bool:
+    # Of a container, beartype looks at one random item; a config must not pass by luck.
+    arguments = typing.get_args(hint)
+    if isinstance(value, tuple) and arguments:
+        is_fixed = typing.get_origin(hint) is tuple and arguments[-1] is not Ellipsis
+        hints = arguments if is_fixed else arguments[:1] * len(value)
+        return all(map(_matches, value, hints))
+    if isinstance(value, Mapping) and arguments:
+        pairs = (pair for item in value.items() for pair in zip(item, arguments, strict=True))
+        return all(_matches(part, part_hint) for part, part_hint in pairs)
+    return True
 
 
 def _alternatives(hint: Any) -> tuple[Any, ...]:

@@ -49,6 +49,8 @@ class LinearAttentionConfig(HeadsConfig):
 class LinearAttention(Mixer):
     """`y = Wo · linear_attention(Wq x, Wk x, Wv x)`, without biases or position encoding."""
 
+    op = "linear_attention"
+
     def __init__(self, config: LinearAttentionConfig, rngs: nnx.Rngs):
         """Args: `config`, with its width set; `rngs`, for the parameters."""
         self.config = config

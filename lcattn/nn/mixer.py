@@ -3,7 +3,7 @@
 import abc
 import dataclasses
 import math
-from typing import Any, override
+from typing import Any, ClassVar, override
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +33,12 @@ class Mixer(nnx.Module):
 
     `segment_ids` means: equal to running the documents apart. `positions` (default: counted from 0
     in each document) matter only to mixers with a position encoding.
+
+    Attributes:
+      op: the function of `lcattn.ops` that the mixer is built around.
     """
+
+    op: ClassVar[str]
 
     @property
     @abc.abstractmethod
@@ -66,8 +71,8 @@ class Mixer(nnx.Module):
 
     def state_bytes(self, length: int, dtype: Any = None) -> int:
         """Bytes of state of one stream of `length` tokens, counted from the state itself."""
-        state = jax.eval_shape(lambda: self.init_state(1, length, dtype))
-        return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+        arrays = jax.eval_shape(lambda: jax.tree.leaves(self.init_state(1, length, dtype)))
+        return sum(math.prod(array.shape) * array.dtype.itemsize for array in arrays)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

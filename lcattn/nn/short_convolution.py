@@ -1,7 +1,7 @@
 """The gated short convolution (BaseConv of BASED): cheap, exact, local mixing."""
 
 import dataclasses
-from typing import override
+from typing import no_type_check, override
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,7 @@ from lcattn.traits import Traits
 from lcattn.typing import Array, Float, Hidden, Positions, SegmentIds
 
 
+@no_type_check  # JAX also fills it with shapes and specs
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class ConvolutionState:
@@ -50,6 +51,8 @@ class ShortConvolutionConfig(MixerConfig):
 
 class ShortConvolution(Mixer):
     """`y = Wo (silu(conv(u)) * g) + bo` with `[u, g] = Wi x + bi` (Arora et al. 2024)."""
+
+    op = "short_convolution"
 
     def __init__(self, config: ShortConvolutionConfig, rngs: nnx.Rngs):
         """Args: `config`, with its width set; `rngs`, for the parameters."""

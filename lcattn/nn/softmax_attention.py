@@ -1,7 +1,7 @@
 """Softmax attention as a token mixer: full or sliding-window, with its key/value cache."""
 
 import dataclasses
-from typing import Any, Literal, override
+from typing import Any, Literal, no_type_check, override
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,7 @@ from lcattn.traits import Traits
 from lcattn.typing import Array, Float, Hidden, Int, Positions, SegmentIds
 
 
+@no_type_check  # JAX also fills it with shapes and specs
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class KeyValueCache:
@@ -64,6 +65,8 @@ class SoftmaxAttentionConfig(HeadsConfig):
 
 class SoftmaxAttention(Mixer):
     """`y = Wo · softmax_attention(rotate(Wq x), rotate(Wk x), Wv x)`, without biases."""
+
+    op = "softmax_attention"
 
     def __init__(self, config: SoftmaxAttentionConfig, rngs: nnx.Rngs):
         """Args: `config`, with its width set; `rngs`, for the parameters."""

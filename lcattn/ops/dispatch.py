@@ -35,21 +35,28 @@ class Implementation:
     objection: Callable[..., str | None] = _serves_every_call
 
 
-def choose(
-    op: str, table: Mapping[str, Implementation], name: str | None, **call: Any
-) -> Callable[..., Any]:
+OPS: dict[str, Mapping[str, Implementation]] = {}
+"""The implementations of every op, best first; filled by `declare` as op modules are imported."""
+
+
+def declare(op: str, table: Mapping[str, Implementation]) -> None:
+    """Makes an op's implementations known, best first. The last must serve every call."""
+    OPS[op] = table
+
+
+def choose(op: str, name: str | None, **call: Any) -> Callable[..., Any]:
     """The function that serves this call.
 
     Args:
-      op: the op's name, for errors.
-      table: its implementations, best first.
-      name: the one asked for, or None.
+      op: the op's name.
+      name: the implementation asked for, or None for the first that serves the call.
       **call: what objections look at: sizes, dtype and options.
 
     Raises:
       UnsupportedImplementationError: if `name` cannot serve the call.
       ValueError: if the op has no implementation of that name.
     """
+    table = OPS[op]
     if name is None:
         served = (impl.run for impl in table.values() if impl.objection(**call) is None)
         return next(served)

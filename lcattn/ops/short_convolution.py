@@ -57,7 +57,7 @@ def short_convolution(
         initial_state = jnp.zeros_like(x[:, :1], shape=(B, past, D))
     checks.check_shape("initial_state", initial_state, (B, past, D), "[B,W-1,D]")
 
-    run = dispatch.choose("short_convolution", _IMPLEMENTATIONS, implementation)
+    run = dispatch.choose("short_convolution", implementation)
     window = jnp.concatenate([initial_state.astype(x.dtype), x], axis=1)
     ids = _window_ids(segment_ids, past)
     y = run(window, weight, ids).astype(x.dtype)
@@ -109,7 +109,10 @@ def _token_by_token(window: Array, weight: Array, ids: Array | None) -> Array:
     return jax.vmap(token, out_axes=1)(jnp.arange(window.shape[1] - W + 1))
 
 
-_IMPLEMENTATIONS = {
-    "xla": dispatch.Implementation(_shifted_products),
-    "reference": dispatch.Implementation(_token_by_token),
-}
+dispatch.declare(
+    "short_convolution",
+    {
+        "xla": dispatch.Implementation(_shifted_products),
+        "reference": dispatch.Implementation(_token_by_token),
+    },
+)

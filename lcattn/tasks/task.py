@@ -78,7 +78,7 @@ class MQARTaskConfig(Config):
 class MQARTask:
     """See `MQARTaskConfig` and `Task`."""
 
-    metrics = ("loss", "accuracy")
+    metrics: tuple[str, ...] = ("loss", "accuracy")
 
     def __init__(self, config: MQARTaskConfig):
         self.config = config
@@ -135,7 +135,7 @@ class TextTask:
     """
 
     vocab_size = ByteTokenizer.vocab_size
-    metrics = ("loss", "accuracy", "bits_per_byte")
+    metrics: tuple[str, ...] = ("loss", "accuracy", "bits_per_byte")
 
     def __init__(self, config: TextTaskConfig):
         self.config = config

@@ -1,6 +1,7 @@
 """The public op: arguments, checks, the normaliser, and the choice of an implementation."""
 
 import dataclasses
+from typing import no_type_check
 
 import jax
 import jax.numpy as jnp
@@ -12,10 +13,13 @@ from lcattn.ops.linear_attention import chunked, features, recurrent
 from lcattn.ops.linear_attention.features import FeatureMap
 from lcattn.typing import Array, Float, SegmentIds
 
-_IMPLEMENTATIONS = {
-    "xla": dispatch.Implementation(chunked.attend),
-    "reference": dispatch.Implementation(recurrent.attend),
-}
+dispatch.declare(
+    "linear_attention",
+    {
+        "xla": dispatch.Implementation(chunked.attend),
+        "reference": dispatch.Implementation(recurrent.attend),
+    },
+)
 
 # Tokens a chunk, and the length up to which one chunk (the quadratic form) is faster still; see
 # benchmarks/. A GPU pays for every step of a loop, a CPU for every score.
@@ -23,6 +27,7 @@ _CHUNK = {"cpu": 128, "gpu": 256, "tpu": 256}
 _QUADRATIC_UP_TO = {"cpu": 256, "gpu": 1024, "tpu": 1024}
 
 
+@no_type_check  # JAX also fills it with shapes and specs
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LinearAttentionState:
@@ -110,7 +115,7 @@ def linear_attention(
 
     # The normaliser is one more value that every token has: 1.
     values = jnp.concatenate([v, jnp.ones_like(v[..., :1])], axis=-1) if normalize else v
-    run = dispatch.choose("linear_attention", _IMPLEMENTATIONS, implementation)
+    run = dispatch.choose("linear_attention", implementation)
     out, state = run(
         similarity, q_mapped, k_mapped, values, segment_ids, state,
         causal=causal, scale=scale, chunk_size=chunk_size or _default_chunk(sizes.S),

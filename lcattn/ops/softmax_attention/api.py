@@ -5,19 +5,22 @@ import jax.numpy as jnp
 from lcattn.errors import argument_error
 from lcattn.ops import checks, dispatch
 from lcattn.ops.softmax_attention import chunked, dense
-from lcattn.typing import Array, Float, Int, Keys, Queries, SegmentIds, Values
+from lcattn.typing import Array, Float, Int, SegmentIds
 
-_IMPLEMENTATIONS = {
-    "cudnn": dispatch.Implementation(dense.cudnn, dense.cudnn_objection),
-    "xla": dispatch.Implementation(chunked.attend_xla),
-    "reference": dispatch.Implementation(dense.reference),
-}
+dispatch.declare(
+    "softmax_attention",
+    {
+        "cudnn": dispatch.Implementation(dense.cudnn, dense.cudnn_objection),
+        "xla": dispatch.Implementation(chunked.attend_xla),
+        "reference": dispatch.Implementation(dense.reference),
+    },
+)
 
 
 def softmax_attention(
-    q: Queries,
-    k: Keys,
-    v: Values,
+    q: Float[Array, "B T N F"],
+    k: Float[Array, "B S K F"],
+    v: Float[Array, "B S K H"],
     *,
     causal: bool = True,
     segment_ids: SegmentIds | None = None,
@@ -28,7 +31,7 @@ def softmax_attention(
     key_position: int | Int[Array, ""] = 0,
     return_lse: bool = False,
     implementation: str | None = None,
-) -> Queries | tuple[Queries, Float[Array, "B T N"]]:
+) -> Float[Array, "B T N H"] | tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]:
     r"""Softmax attention over all visible keys, or over a sliding window of them.
 
     Layout `[B,T,N,H]`; scores, sums and log-sum-exps in float32, output in the dtype of `q`.
@@ -44,12 +47,12 @@ def softmax_attention(
     Time O(T·S), or O(T·window); memory O(T) in both passes above 512 tokens.
 
     Args:
-      q: queries `[B,T,N,H]`.
-      k: keys `[B,S,K,H]`; K divides N, and head n reads key head `n // (N // K)`.
-      v: values `[B,S,K,H]`. Their head size may differ from that of q and k.
+      q: queries `[B,T,N,F]`.
+      k: keys `[B,S,K,F]`; K divides N, and head n reads key head `n // (N // K)`.
+      v: values `[B,S,K,H]`; H is mostly F.
       causal: query t sees no key after it.
       segment_ids: document of each token `[B,T]`, for packed rows (T = S).
-      scale: factor of the scores; default `H ** -0.5`.
+      scale: factor of the scores; default `F ** -0.5`.
       window: number of keys seen, the query's own included. Needs `causal`.
       alibi_slopes: slope of each query head, float32 `[N]` (Press et al. 2021, arXiv 2108.12409);
         see `lcattn.ops.alibi_slopes`.
@@ -85,7 +88,7 @@ def softmax_attention(
         raise argument_error("q", f"at most S={sizes.S} queries when causal", f"T={sizes.T}")
 
     run = dispatch.choose(
-        "softmax_attention", _IMPLEMENTATIONS, implementation,
+        "softmax_attention", implementation,
         sizes=sizes, dtype=q.dtype, causal=causal, window=window, segment_ids=segment_ids,
         alibi_slopes=alibi_slopes, aligned=aligned, return_lse=return_lse,
     )  # fmt: skip

@@ -53,7 +53,9 @@ def attend_xla(
     """The form for any device: materialised when short, blocks otherwise."""
     (_, T, N, F), (S, K), H = q.shape, k.shape[1:3], v.shape[3]
     platform = dispatch.default_platform()
-    if max(T, S) <= _MATERIALIZE_UP_TO[platform] and F == H and not return_lse:
+    # JAX's function rounds float64 to float32 inside, and refuses float16 on a CPU.
+    served = q.dtype in (jnp.float32, jnp.bfloat16) and F == H and not return_lse
+    if max(T, S) <= _MATERIALIZE_UP_TO[platform] and served:
         out = dense.materialized(
             q, k, v, segment_ids=segment_ids, alibi_slopes=alibi_slopes,
             query_position=query_position, key_position=key_position,

@@ -1,0 +1,166 @@
+"""Writes the generated parts of README.md: each from a program that runs, or a recorded result.
+
+    python -m experiments.readme [--check]
+
+`--check` writes nothing and fails if the README says something else.
+"""
+
+import contextlib
+import io
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from flax import nnx as flax_nnx
+
+import lcattn.nn
+from experiments import benchmark, demo
+from experiments.reporting import Table, describe_environment, show_bytes
+from lcattn.nn import MixerConfig
+from lcattn.ops import dispatch
+
+ROOT = Path(__file__).parent.parent
+README = ROOT / "README.md"
+RECORDS = ROOT / "benchmarks"
+
+_EXAMPLE = """
+import jax
+from lcattn import ops
+
+keys = jax.random.split(jax.random.key(0), 3)
+q, k, v = (jax.random.normal(key, (1, 4096, 8, 16)) for key in keys)  # [B,T,N,H]
+
+exact = ops.softmax_attention(q, k, v, window=512)            # sliding window, O(T) memory
+linear, state = ops.linear_attention(q, k, v, return_state=True)  # BASED: the past in a fixed size
+print(exact.shape, linear.shape, "state:", state.kv.shape)
+
+first, state = ops.linear_attention(q[:, :1000], k[:, :1000], v[:, :1000], return_state=True)
+rest = ops.linear_attention(q[:, 1000:], k[:, 1000:], v[:, 1000:], initial_state=state)
+print("streamed in two pieces, largest difference:", abs(rest - linear[:, 1000:]).max())
+"""
+_WIDTH, _LENGTH = 1024, 4096
+
+
+def example() -> str:
+    """The first program of the README, with what it prints."""
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        exec(_EXAMPLE, {})  # The point is to show what this very text prints.
+    return f"```python{_EXAMPLE}```\n```\n{printed.getvalue()}```"
+
+
+def mechanisms() -> str:
+    """What the library holds, from the declarations of its mixers and ops."""
+    yes = {True: "yes", False: "no"}
+    rows = []
+    for config in mixer_configs():
+        mixer = config.make(flax_nnx.Rngs(0))
+        traits = mixer.traits
+        op = dispatch.OPS[mixer.op]
+        rows.append(
+            (
+                f"`nn.{type(mixer).__name__}`",
+                f"`ops.{mixer.op}`",
+                ", ".join(op),
+                yes[traits.causal], yes[traits.streaming], yes[traits.stochastic],
+                yes[traits.subquadratic],
+                show_bytes(mixer.state_bytes(_LENGTH)),
+            )
+        )  # fmt: skip
+    header = (
+        "mixer", "op", "implementations", "causal", "streams", "stochastic", "sub-quadratic",
+        f"state at {_LENGTH:,} tokens",
+    )  # fmt: skip
+    title = f"State of one float32 stream at width {_WIDTH:,}, default config"
+    return Table(title=title, header=header, rows=rows).markdown()
+
+
+def mixer_configs() -> Iterator[MixerConfig]:
+    """The default config of every mixer that the library exports."""
+    for name in sorted(lcattn.nn.__all__):
+        cls = getattr(lcattn.nn, name)
+        is_config = isinstance(cls, type) and issubclass(cls, MixerConfig)
+        if is_config and not getattr(cls.make, "__isabstractmethod__", False):
+            yield cls(width=_WIDTH)
+
+
+def demo_results() -> str:
+    """Tables and figure of the recorded demo."""
+    folder = RECORDS / "demo"
+    results = _load(folder / "results.json")
+    figure = f"![Recall accuracy against bytes of state]({_link(folder / 'recall.png')})"
+    blocks = [
+        demo.recall_table(results["models"]).markdown(),
+        figure,
+        demo.text_table(results["models"], results["baselines"]).markdown(),
+        describe_environment(results["environment"]),
+    ]
+    return "\n\n".join(blocks)
+
+
+def benchmarks() -> str:
+    """One table a device: the longest length that each recorded benchmark reached."""
+    parts = []
+    for device in sorted(path for path in RECORDS.iterdir() if path.is_dir()):
+        records = [_load(path) for path in sorted(device.glob("*.json"))]
+        records = [record for record in records if record.get("script") == "benchmark"]
+        if records:
+            parts.append(_benchmark_table(records).markdown())
+            parts.append(describe_environment(records[0]["environment"]))
+    return "\n\n".join(parts)
+
+
+def _benchmark_table(records: list[dict[str, Any]]) -> Table:
+    rows = [row for record in records for row in benchmark.longest(record)]
+    environment = records[0]["environment"]
+    header = ("op", "implementation", "pass", "T", "ms", "of floor", "extra memory", "check")
+    return Table(title=f"On one {environment['device']}", header=header, rows=rows)
+
+
+def _load(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text())
+
+
+def _link(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+PARTS = {
+    "example": example,
+    "demo": demo_results,
+    "mechanisms": mechanisms,
+    "benchmarks": benchmarks,
+}
+
+
+def render(text: str) -> str:
+    """The README with every generated part made anew."""
+    for name, make in PARTS.items():
+        begin, end = f"<!-- begin: {name} -->", f"<!-- end: {name} -->"
+        before, found, rest = text.partition(begin)
+        _, closed, after = rest.partition(end)
+        if not (found and closed):
+            raise ValueError(f"README.md: expected the lines {begin} and {end}")
+        text = f"{before}{begin}\n{make()}\n{end}{after}"
+    return text
+
+
+def main(arguments: list[str]) -> int:
+    """Writes README.md, or with `--check` says whether it is in step."""
+    if arguments not in ([], ["--check"]):
+        print("usage: python -m experiments.readme [--check]", file=sys.stderr)
+        return 2
+    old = README.read_text()
+    new = render(old)
+    if arguments and new != old:
+        print("README.md is out of step; run: make docs", file=sys.stderr)
+        return 1
+    if not arguments:
+        README.write_text(new)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

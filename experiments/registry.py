@@ -1,0 +1,36 @@
+"""What gin knows: config classes, and factories of configs, by their own names.
+
+Everything that a .gin file may build is listed here and nowhere else.
+"""
+
+from experiments import benchmarks
+from experiments.benchmarks.measure import TimingConfig
+from experiments.gin_config import register
+from lcattn import models, nn, tasks, training
+
+CONFIGURABLES = (
+    models.LMConfig,
+    nn.LinearAttentionConfig,
+    nn.ShortConvolutionConfig,
+    nn.SoftmaxAttentionConfig,
+    tasks.CorpusConfig,
+    tasks.DataConfig,
+    tasks.MQARConfig,
+    tasks.MQARTaskConfig,
+    tasks.TextFolderConfig,
+    tasks.TextTaskConfig,
+    tasks.standard_library,
+    training.MeshConfig,
+    training.OptimizerConfig,
+    training.TrainConfig,
+    TimingConfig,
+    benchmarks.LinearAttentionBenchmark,
+    benchmarks.ShortConvolutionBenchmark,
+    benchmarks.SoftmaxAttentionBenchmark,
+)
+
+
+def register_all() -> None:
+    """Makes everything above known to gin."""
+    for configurable in CONFIGURABLES:
+        register(configurable)

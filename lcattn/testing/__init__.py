@@ -1,0 +1,1 @@
+"""What tests of attention mechanisms need; `conformance` is the shared suite."""

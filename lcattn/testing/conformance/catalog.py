@@ -1,0 +1,140 @@
+"""The library's own mechanisms as cases of the suite."""
+
+import dataclasses
+import functools
+
+import jax.numpy as jnp
+
+from lcattn import nn, ops
+from lcattn.testing.conformance import oracles
+from lcattn.testing.conformance.cases import MixerCase, OpCase
+
+_QKV = {"q": "B T N H", "k": "B T K H", "v": "B T K H"}
+
+
+def _softmax_case(name: str, *, alibi: bool = False, **fields) -> OpCase:
+    options = fields.pop("options", {})
+    return OpCase(
+        name=f"softmax_attention[{name}]",
+        op=ops.softmax_attention,
+        oracle=functools.partial(oracles.softmax_attention, **options),
+        inputs=_QKV | ({"alibi_slopes": "N"} if alibi else {}),
+        draw={"alibi_slopes": lambda rng, shape: rng.uniform(0.05, 1, shape)},
+        options=options,
+        bidirectional="window" not in options,
+        **fields,
+    )
+
+
+def _with_log_sum_exp(q, k, v, **options):
+    """The output with its log-sum-exp as one more channel (0 where nothing is seen)."""
+    out, lse = ops.softmax_attention(q, k, v, return_lse=True, **options)
+    lse = jnp.where(jnp.isneginf(lse), 0, lse)
+    return jnp.concatenate([out, lse[..., None].astype(out.dtype)], axis=-1)
+
+
+def _blocks_case(name: str, **fields) -> OpCase:
+    """With the log-sum-exp, "xla" runs block by block, 256 tokens each."""
+    case = _softmax_case(name, chunk=256, **fields)
+    oracle = functools.partial(case.oracle, return_lse=True)
+    sizes = {"B": 2, "N": 2, "K": 1, "H": 4}
+    return dataclasses.replace(case, op=_with_log_sum_exp, oracle=oracle, sizes=sizes)
+
+
+def _linear_case(
+    name: str,
+    weight,
+    *,
+    normalize: bool = True,
+    bidirectional: bool = False,
+    is_variant: bool = False,
+    **options,
+) -> OpCase:
+    return OpCase(
+        name=f"linear_attention[{name}]",
+        op=ops.linear_attention,
+        oracle=functools.partial(oracles.linear_attention, weight=weight, normalize=normalize),
+        inputs={"q": "B T N F", "k": "B T K F", "v": "B T K H"},
+        sizes={"F": 4},
+        options={"normalize": normalize, **options},
+        bidirectional=bidirectional,
+        stateful=True,
+        is_variant=is_variant,
+    )
+
+
+def _convolution_case(taps: int, *, is_variant: bool = False) -> OpCase:
+    return OpCase(
+        name=f"short_convolution[taps={taps}]",
+        op=ops.short_convolution,
+        oracle=oracles.short_convolution,
+        inputs={"x": "B T D", "weight": "D W"},
+        output="B T D",
+        sizes={"W": taps},
+        stateful=True,
+        is_variant=is_variant,
+    )
+
+
+def _square_plus(x):
+    return x * x + 0.1
+
+
+_elu = oracles.feature_weight(oracles.elu_plus_one)
+_identity = oracles.feature_weight(lambda x: x)
+_square = oracles.feature_weight(_square_plus)
+
+OPS: tuple[OpCase, ...] = (
+    _softmax_case("full"),
+    _softmax_case("window=5", options={"window": 5}, is_variant=True),
+    _softmax_case("alibi", alibi=True, is_variant=True),
+    _blocks_case("lse"),
+    _blocks_case("lse,window=100,alibi", alibi=True, options={"window": 100}, is_variant=True),
+    _linear_case("taylor", oracles.taylor, is_variant=True),
+    _linear_case("taylor,chunk=8", oracles.taylor, chunk_size=8, bidirectional=True),
+    _linear_case(
+        "taylor,sums,chunk=8", oracles.taylor, chunk_size=8, normalize=False, is_variant=True
+    ),
+    _linear_case(
+        "elu,chunk=8", _elu, feature_map="elu", chunk_size=8, bidirectional=True, is_variant=True
+    ),
+    _linear_case(
+        "identity,chunk=8", _identity,
+        feature_map="identity", chunk_size=8, normalize=False, is_variant=True,
+    ),
+    _linear_case(
+        "callable,chunk=8", _square, feature_map=_square_plus, chunk_size=8, is_variant=True
+    ),
+    _convolution_case(1, is_variant=True),
+    _convolution_case(4),
+)  # fmt: skip
+
+
+def _softmax_mixer(name: str, **fields) -> MixerCase:
+    config = nn.SoftmaxAttentionConfig(width=16, num_heads=4, **fields)
+    return MixerCase(name=f"SoftmaxAttention[{name}]", config=config)
+
+
+def _linear_mixer(name: str, **fields) -> MixerCase:
+    config = nn.LinearAttentionConfig(width=16, num_heads=4, feature_dim=4, **fields)
+    return MixerCase(name=f"LinearAttention[{name}]", config=config)
+
+
+def _convolution_mixer(taps: int) -> MixerCase:
+    config = nn.ShortConvolutionConfig(width=16, kernel_size=taps)
+    return MixerCase(name=f"ShortConvolution[taps={taps}]", config=config, chunk=max(2, taps))
+
+
+MIXERS: tuple[MixerCase, ...] = (
+    _softmax_mixer("rope"),
+    _softmax_mixer("grouped,qk_norm,rope_size=2", num_kv_heads=2, qk_norm=True, rope_size=2),
+    _softmax_mixer("alibi", position_encoding="alibi"),
+    _softmax_mixer("window=8", window=8),
+    _softmax_mixer("window=8,alibi,grouped", window=8, position_encoding="alibi", num_kv_heads=1),
+    _softmax_mixer("window=1,nope", window=1, position_encoding="nope"),
+    _linear_mixer("taylor"),
+    _linear_mixer("taylor,chunk=8,grouped", chunk_size=8, num_kv_heads=2),
+    _linear_mixer("identity,norm", feature_map="identity", chunk_size=8),
+    _convolution_mixer(1),
+    _convolution_mixer(3),
+)

@@ -1,0 +1,102 @@
+"""The definitions of the library's ops as loops over tokens in NumPy float64.
+
+Nothing here is clever: what an op means must be readable at a glance, and share no code with it.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+
+import numpy as np
+
+Inputs = Mapping[str, np.ndarray]
+
+
+def softmax_attention(
+    inputs: Inputs,
+    segment_ids: np.ndarray | None,
+    *,
+    causal: bool = True,
+    window: int | None = None,
+    return_lse: bool = False,
+) -> np.ndarray:
+    """Softmax-weighted means of the visible values; with `return_lse`, its log-sum-exp appended."""
+    q, k, v = inputs["q"], inputs["k"], inputs["v"]
+    slopes = inputs.get("alibi_slopes", np.zeros(q.shape[2]))
+    out = np.zeros((*q.shape[:3], v.shape[-1] + return_lse))
+    for b, t, n, head, seen in _queries(q, k, segment_ids, causal):
+        if window is not None:
+            seen = seen[seen > t - window]
+        x = k[b, seen, head] @ q[b, t, n] / np.sqrt(q.shape[-1]) - slopes[n] * np.abs(t - seen)
+        weights = np.exp(x - x.max())
+        out[b, t, n, : v.shape[-1]] = weights @ v[b, seen, head] / weights.sum()
+        if return_lse:
+            out[b, t, n, -1] = x.max() + np.log(weights.sum())
+    return out
+
+
+def taylor(q: np.ndarray, k: np.ndarray) -> np.ndarray:
+    """1 + x + x²/2 with x = q·k / sqrt(F), the weight of each key `[s,F]` for a query `[F]`."""
+    x = k @ q / np.sqrt(q.shape[-1])
+    return 1 + x + x**2 / 2
+
+
+def feature_weight(phi: Callable[[np.ndarray], np.ndarray]) -> Callable[..., np.ndarray]:
+    """phi(q)·phi(k) / sqrt(F), with F the size before the map."""
+    return lambda q, k: phi(k) @ phi(q) / np.sqrt(q.shape[-1])
+
+
+def elu_plus_one(x: np.ndarray) -> np.ndarray:
+    """x + 1 above zero, exp(x) below."""
+    return np.where(x > 0, x + 1, np.exp(np.minimum(x, 0)))
+
+
+def linear_attention(
+    inputs: Inputs,
+    segment_ids: np.ndarray | None,
+    *,
+    causal: bool = True,
+    weight: Callable[[np.ndarray, np.ndarray], np.ndarray] = taylor,
+    normalize: bool = True,
+) -> np.ndarray:
+    """Weighted sums of the visible values, divided by the sum of weights if `normalize`."""
+    q, k, v = inputs["q"], inputs["k"], inputs["v"]
+    out = np.zeros((*q.shape[:3], v.shape[-1]))
+    for b, t, n, head, seen in _queries(q, k, segment_ids, causal):
+        weights = weight(q[b, t, n], k[b, seen, head])
+        out[b, t, n] = weights @ v[b, seen, head] / (weights.sum() if normalize else 1)
+    return out
+
+
+def short_convolution(
+    inputs: Inputs, segment_ids: np.ndarray | None, *, causal: bool = True
+) -> np.ndarray:
+    """Products with the taps, the last of which weighs the token itself."""
+    assert causal
+    x, weight = inputs["x"], inputs["weight"]
+    y = np.zeros(x.shape)
+    for b, t in np.ndindex(*x.shape[:2]):
+        for s in _visible(b, t, x.shape[1], segment_ids, causal=True):
+            if t - s < weight.shape[1]:
+                y[b, t] += weight[:, weight.shape[1] - 1 - (t - s)] * x[b, s]
+    return y
+
+
+def _visible(
+    b: int, t: int, length: int, segment_ids: np.ndarray | None, causal: bool
+) -> np.ndarray:
+    keys = np.arange(t + 1 if causal else length)
+    if segment_ids is None:
+        return keys
+    ids = segment_ids[b]
+    return keys[(ids[keys] == ids[t]) & (ids[keys] >= 0)]
+
+
+def _queries(
+    q: np.ndarray, k: np.ndarray, segment_ids: np.ndarray | None, causal: bool
+) -> Iterator[tuple[int, int, int, int, np.ndarray]]:
+    """Every query that sees anything: (b, t, n, its key head, the keys it sees)."""
+    group = q.shape[2] // k.shape[2]
+    for b, t in np.ndindex(*q.shape[:2]):
+        seen = _visible(b, t, k.shape[1], segment_ids, causal)
+        if seen.size:
+            for n in range(q.shape[2]):
+                yield b, t, n, n // group, seen

@@ -1,0 +1,38 @@
+"""Training: optimiser, loss, mesh, checkpoints, metrics, and the loop that joins them."""
+
+from lcattn.training.checkpoint import load_model
+from lcattn.training.config import TrainConfig, TrainResult
+from lcattn.training.errors import (
+    CheckpointError,
+    ConfigMismatchError,
+    NonFiniteLossError,
+    RunLockedError,
+    TrainingInterrupted,
+)
+from lcattn.training.evaluation import evaluate
+from lcattn.training.loop import train
+from lcattn.training.losses import LossSums, cross_entropy
+from lcattn.training.mesh import MeshConfig
+from lcattn.training.metrics import JsonlWriter, MetricWriter, TensorBoardWriter, read_jsonl
+from lcattn.training.optimizer import OptimizerConfig
+
+__all__ = [
+    "CheckpointError",
+    "ConfigMismatchError",
+    "JsonlWriter",
+    "LossSums",
+    "MeshConfig",
+    "MetricWriter",
+    "NonFiniteLossError",
+    "OptimizerConfig",
+    "RunLockedError",
+    "TensorBoardWriter",
+    "TrainConfig",
+    "TrainResult",
+    "TrainingInterrupted",
+    "cross_entropy",
+    "evaluate",
+    "load_model",
+    "read_jsonl",
+    "train",
+]

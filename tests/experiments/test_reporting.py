@@ -1,0 +1,80 @@
+"""Tables, figures and the record of where numbers come from."""
+
+import io
+import json
+
+import pytest
+from rich.console import Console
+
+from experiments import reporting
+from experiments.figures import MARKERS, PALETTE, Figure, Panel, Series
+from experiments.reporting import Report, Table, show, show_bytes
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (None, "–"), (0.123456, "0.123"), (1234.5, "1,234"), (1e-7, "1e-07"), (12345, "12,345"),
+        (True, "True"), ("a", "a"),
+    ],
+)  # fmt: skip
+def test_cells(value, text):
+    assert show(value) == text
+
+
+@pytest.mark.parametrize(
+    ("count", "text"), [(512, "512 B"), (5.6e6, "5.34 MiB"), (3 * 2**40, "3.07e+03 GiB")]
+)
+def test_bytes(count, text):
+    assert show_bytes(count) == text
+
+
+def test_table():
+    table = Table(title="Recall", header=("model", "accuracy"), rows=[("a|b", 0.5), ("[c]", None)])
+    assert table.markdown().splitlines() == [
+        "**Recall**", "", "| model | accuracy |", "| --- | --- |", r"| a\|b | 0.5 |", "| [c] | – |",
+    ]  # fmt: skip
+    console = Console(width=60, file=io.StringIO())
+    console.print(table.rich())
+    assert "[c]" in console.file.getvalue()  # no markup
+
+
+def test_report_with_a_figure(tmp_path):
+    series = [
+        Series(label=f"model {i}", x=[1, 10, 100], y=[1.0, None, 3.0 + i], line="")
+        for i in range(9)
+    ]
+    panel = Panel(xlabel="state (bytes)", ylabel="recall", series=series, xscale="log2")
+    figure = Figure(name="recall", caption="Recall against state.", panels=[panel])
+    Report(title="Test", blocks=["Words.", figure]).save(tmp_path)
+    assert (tmp_path / "report.md").read_text() == (
+        "# Test\n\nWords.\n\n![Recall against state.](recall.png)\n\nRecall against state.\n"
+    )
+    assert (tmp_path / "recall.png").stat().st_size > 1000
+
+
+def test_no_two_curves_look_alike():
+    assert len(set(PALETTE)) == len(PALETTE) == len(MARKERS) == len(set(MARKERS))
+
+
+def test_environment_is_json_and_names_the_device():
+    record = json.loads(json.dumps(reporting.environment()))
+    assert record["platform"] == "cpu"
+    text = reporting.describe_environment(record)
+    assert record["device"] in text
+    assert record["versions"]["jax"] in text
+
+
+def test_results_are_written_whole(tmp_path):
+    reporting.write_results(tmp_path / "run", {"script": "x", "value": 1})
+    with pytest.raises(ValueError, match="Out of range float"):
+        reporting.write_results(tmp_path / "run", {"script": "x", "value": float("nan")})
+    assert json.loads((tmp_path / "run/results.json").read_text())["value"] == 1
+
+
+@pytest.mark.parametrize("text", [None, "{", "{}", '{"script": "../secrets"}'])
+def test_folders_without_results_of_ours(tmp_path, text):
+    if text is not None:
+        (tmp_path / "results.json").write_text(text)
+    with pytest.raises(ValueError, match=f"{tmp_path}: "):
+        reporting.regenerate(tmp_path)

@@ -1,0 +1,66 @@
+"""What the shared suite does not say about the mixers: defaults, sizes, errors."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+
+from lcattn.nn import LinearAttentionConfig, ShortConvolutionConfig, SoftmaxAttentionConfig
+
+WIDTH = 32
+
+
+def make(config):
+    return config.replace(width=WIDTH).make(nnx.Rngs(0))
+
+
+def test_state_sizes():
+    full = make(SoftmaxAttentionConfig(num_heads=4, num_kv_heads=2))
+    assert full.state_bytes(100) == 2 * 100 * 2 * 8 * 4 + 4
+    assert full.state_bytes(100, "bfloat16") == 2 * 100 * 2 * 8 * 2 + 4
+    sliding = make(SoftmaxAttentionConfig(num_heads=4, window=16))
+    assert sliding.state_bytes(100) == sliding.state_bytes(10_000) == 2 * 15 * 32 * 4 + 4
+    linear = make(LinearAttentionConfig(num_heads=4, feature_dim=16))
+    assert linear.state_bytes(100) == linear.state_bytes(10_000) == 4 * 153 * (8 + 1) * 4
+    assert linear.state_bytes(100, "bfloat16") == linear.state_bytes(100)  # float32 all the same
+    convolution = make(ShortConvolutionConfig(kernel_size=3))
+    assert convolution.state_bytes(100) == 2 * (2 * WIDTH) * 4
+
+
+def test_unnormalised_outputs_get_a_norm_by_default():
+    assert make(LinearAttentionConfig(num_heads=4)).norm is None
+    assert make(LinearAttentionConfig(num_heads=4, feature_map="identity")).norm is not None
+    assert make(LinearAttentionConfig(num_heads=4, normalize=False)).norm is not None
+    assert make(LinearAttentionConfig(num_heads=4, normalize=False, output_norm=False)).norm is None
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        SoftmaxAttentionConfig(num_heads=4),
+        LinearAttentionConfig(num_heads=4),
+        ShortConvolutionConfig(),
+    ],
+)
+def test_extend_names_bad_arguments(no_type_hook, config):
+    mixer = make(config)
+    state = mixer.init_state(2, 8)
+    for x in (jnp.zeros((2, WIDTH)), jnp.zeros((2, 0, WIDTH))):
+        with pytest.raises(ValueError, match="x: expected 3 axes"):
+            mixer.extend(x, state)
+    with pytest.raises(ValueError, match="state: expected B=1 streams, as in x, got B=2"):
+        mixer.extend(jnp.zeros((1, 3, WIDTH)), state)
+
+
+def test_more_tokens_than_the_cache_has_slots():
+    mixer = make(SoftmaxAttentionConfig(num_heads=4))
+    with pytest.raises(ValueError, match=r"state: expected room for 9 tokens, got max_length=8"):
+        mixer.extend(jnp.zeros((2, 9, WIDTH)), mixer.init_state(2, 8))
+    with pytest.raises(ValueError, match="x: expected at most max_length=8 tokens"):
+        jax.eval_shape(mixer.extend, jnp.zeros((2, 9, WIDTH)), mixer.init_state(2, 8))
+
+
+def test_an_implementation_that_cannot_run_says_so():
+    mixer = make(SoftmaxAttentionConfig(num_heads=4, implementation="cudnn"))
+    with pytest.raises(ValueError, match="softmax_attention: implementation 'cudnn' needs a GPU"):
+        mixer(jnp.zeros((1, 4, WIDTH)))
