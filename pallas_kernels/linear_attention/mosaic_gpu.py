@@ -11,6 +11,7 @@ several warpgroups where batch and heads are too few to fill the chip (`config`)
 Operands of products are bfloat16; scores, sums, normaliser and state are float32.
 """
 
+import dataclasses
 import functools
 import math
 
@@ -18,10 +19,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.linear_attention import backward, forward
+from pallas_kernels.linear_attention.backward import input_gradients
 from pallas_kernels.linear_attention.config import LaunchConfig, heuristic
 from pallas_kernels.linear_attention.features import FeatureMap, Identity, Taylor
-from pallas_kernels.linear_attention.problem import Problem
+from pallas_kernels.linear_attention.forward import group_sums, outputs
+from pallas_kernels.linear_attention.plan import Plan, States
 from pallas_kernels.linear_attention.tiles import TILE
 
 
@@ -57,7 +59,7 @@ def linear_attention(
     Raises:
       ValueError: saying why these kernels do not serve the call.
     """
-    (B, T, N, F), (K, H) = q.shape, v.shape[2:]
+    (B, T, N, F), H = q.shape, v.shape[3]
     reason = objection(
         feature_map=feature_map, normalize=normalize, dtype=q.dtype, F=F, H=H, scale=scale
     )
@@ -72,13 +74,13 @@ def linear_attention(
         phi = Identity(size=F, output_scale=scale)
     config = config or heuristic(B=B, T=T, N=N, H=H)
     padding = -T % (TILE * config.groups)
-    problem = Problem(
-        B=B, T=T + padding, N=N, K=K, F=F, H=H, feature_map=phi, normalize=normalize,
-        groups=config.groups, stages=config.stages, interpret=interpret,
+    plan = Plan(
+        feature_map=phi, normalize=normalize, groups=config.groups, stages=config.stages,
+        interpret=interpret,
     )  # fmt: skip
     # Padding comes last, so no token sees it, and its values are 0; but phi(0) counts as one key.
     q, k, v = (jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, 0))) for x in (q, k, v))
-    out, (sums, totals) = _attend(problem, q, k, v, _padded(problem, initial_state))
+    out, (sums, totals) = _attend(plan, q, k, v, _in_slices(plan, initial_state))
     out, sums = out[:, :T], sums[:, :, : phi.size]
     if totals is not None:
         totals = totals[:, :, : phi.size].at[:, :, 0].add(-padding)
@@ -107,45 +109,56 @@ def objection(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(problem: Problem, q, k, v, start):
+def _attend(plan: Plan, q, k, v, start):
     """Outputs and the final state, its features in whole slices."""
-    (out, final), _ = _attend_forward(problem, q, k, v, start)
-    return out, final
+    return _attend_forward(plan, q, k, v, start)[0]
 
 
-def _attend_forward(problem, q, k, v, start):
+def _attend_forward(plan, q, k, v, start):
     starts = None if start is None else jax.tree.map(lambda s: s[:, :, None], start)
-    if problem.groups > 1:
-        starts = _carried(forward.group_sums(problem, k, v), starts)
-    out, den, ends = forward.outputs(problem, q, k, v, starts)
-    final = jax.tree.map(lambda s: s[:, :: problem.queries_per_key, -1], ends)
+    if plan.groups > 1:
+        starts = _carried(group_sums(plan, k, v), starts)
+    out, den, ends = outputs(plan, q, k, v, starts)
+    final = jax.tree.map(lambda s: s[:, :: q.shape[2] // k.shape[2], -1], ends)
     return (out, final), (q, k, v, out, den, starts, start is not None)
 
 
-def _attend_backward(problem, residuals, cotangents):
+def _attend_backward(plan, residuals, cotangents):
     q, k, v, out, den, starts, has_start = residuals
     d_out, d_final = cotangents
     g, e = d_out, None
-    if problem.normalize:
-        # out = sums / den, both linear in the features.
-        inverse = 1 / den.swapaxes(1, 2)[..., None]
-        g = d_out.astype(jnp.float32) * inverse
+    if plan.normalize:
+        # out = sums / den, and both are linear in the features.
+        g = d_out.astype(jnp.float32) / den.swapaxes(1, 2)[..., None]
         e = -jnp.sum(g * out.astype(jnp.float32), axis=-1).swapaxes(1, 2)
         g = g.astype(q.dtype)
-    d_ends = _per_query_head(problem, d_final)
-    if problem.groups > 1:
-        sums = forward.group_sums(problem, q, g, of_queries=True, weights=e)
-        d_ends = _carried(sums, d_ends, reverse=True)
-    dq = backward.query_gradients(problem, q, k, v, g, e, starts)
-    dk, dv, d_starts = backward.key_gradients(problem, q, k, v, g, e, d_ends)
+    scale, transposed = plan.feature_map.output_scale, plan.replace(transposed=True)
+    d_ends = _per_query_head(jax.tree.map(lambda s: s / scale, d_final), q.shape[2])
+    if plan.groups > 1:
+        d_ends = _carried(group_sums(transposed, q, g, e), d_ends, reverse=True)
+    values_only = transposed.replace(normalize=False)
+    dv, _, d_starts = outputs(values_only, k, q, g, (d_ends[0], None))
+    if isinstance(plan.feature_map, Identity):
+        plan, transposed = (
+            p.replace(feature_map=dataclasses.replace(plan.feature_map, size=v.shape[3]))
+            for p in (plan, transposed)
+        )
+        dq, _, _ = outputs(plan, g, v, k, _swapped(starts))
+        dk, _, _ = outputs(transposed, v, g, q, _swapped(d_ends))
+    else:
+        dq, _ = input_gradients(plan, q, k, g, v, e, starts)
+        dk, d_starts = input_gradients(transposed, k, q, v, g, e, d_ends)
+        dq, dk = dq.sum(axis=0), dk.sum(axis=0)
+    heads = k.shape[2]
     d_start = None
     if has_start:
-        d_start = jax.tree.map(lambda s: _per_key_head(problem, s[:, :, 0], axis=1), d_starts)
-        d_start = jax.tree.map(lambda s: problem.feature_map.output_scale * s, d_start)
+        d_start = jax.tree.map(
+            lambda s: scale * _per_key_head(s[:, :, 0], heads, axis=1), d_starts
+        )
     return (
-        dq.sum(axis=0).astype(q.dtype),
-        _per_key_head(problem, dk.sum(axis=0), axis=2).astype(k.dtype),
-        _per_key_head(problem, dv, axis=2).astype(v.dtype),
+        dq.astype(q.dtype),
+        _per_key_head(dk, heads, axis=2).astype(k.dtype),
+        _per_key_head(dv, heads, axis=2).astype(v.dtype),
         d_start,
     )
 
@@ -153,57 +166,56 @@ def _attend_backward(problem, residuals, cotangents):
 _attend.defvjp(_attend_forward, _attend_backward)
 
 
-def _padded(problem: Problem, state):
-    """A state with its features in whole slices."""
-    if state is None:
-        return None
+def _in_slices(plan: Plan, state):
+    """A state with its features padded to whole slices."""
 
     def pad(x):
-        rest = ((0, 0),) * (x.ndim - 3)
-        missing = problem.slices * TILE - x.shape[2]
-        return jnp.pad(x.astype(jnp.float32), ((0, 0), (0, 0), (0, missing), *rest))
+        missing = plan.slices * TILE - x.shape[2]
+        widths = ((0, 0), (0, 0), (0, missing)) + ((0, 0),) * (x.ndim - 3)
+        return jnp.pad(x.astype(jnp.float32), widths)
 
     return jax.tree.map(pad, state)
 
 
-def _carried(sums, outer, *, reverse: bool = False):
-    """States `[B,heads,groups,...]` at the start of each group (reverse: at the end).
+def _carried(sums: States, outer: States | None, *, reverse: bool = False) -> States:
+    """States at the start of each group (reverse: at the end).
 
     Args:
       sums: what each group adds.
-      outer: the state outside the first (last) group, `[B,heads,1,...]`, or None for zeros.
+      outer: the state outside the first (last) group, as that of a single group, or None for zeros.
       reverse: whether sums run from the last group to the first.
     """
 
     def carry(sums, outer):
         inner = sums[:, :, 1:] if reverse else sums[:, :, :-1]
-        return lax.cumsum(
-            jnp.concatenate([inner, outer] if reverse else [outer, inner], axis=2),
-            axis=2, reverse=reverse,
-        )  # fmt: skip
+        ordered = [inner, outer] if reverse else [outer, inner]
+        return lax.cumsum(jnp.concatenate(ordered, axis=2), axis=2, reverse=reverse)
 
     if outer is None:
         outer = jax.tree.map(lambda s: jnp.zeros_like(s[:, :, :1]), sums)
     return jax.tree.map(carry, sums, outer)
 
 
-def _per_query_head(problem: Problem, d_final):
-    """The final state's gradient as `key_gradients` takes it, `[B,N,1,...]`.
+def _swapped(states: States | None) -> States | None:
+    """The states of a map whose features are this one's values, and the other way round."""
+    return None if states is None else (states[0].swapaxes(-1, -2), None)
 
-    It belongs to the first of the query heads that share a key head, and lacks the output's scale.
+
+def _per_query_head(d_final, heads: int) -> States:
+    """The final state's gradient `[B,K,...]` as states of a single group, `[B,N,1,...]`.
+
+    It belongs to one, the first, of the query heads that share a key head.
     """
 
     def spread(s):
-        s = s[:, :, None] / problem.feature_map.output_scale
-        others = ((0, 0), (0, 0), (0, problem.queries_per_key - 1)) + ((0, 0),) * (s.ndim - 3)
-        return jnp.pad(s, others).reshape(problem.B, problem.N, 1, *s.shape[3:])
+        others = ((0, 0), (0, 0), (0, heads // s.shape[1] - 1)) + ((0, 0),) * (s.ndim - 2)
+        return jnp.pad(s[:, :, None], others).reshape(s.shape[0], heads, 1, *s.shape[2:])
 
     return jax.tree.map(spread, d_final)
 
 
-def _per_key_head(problem: Problem, x: jax.Array, axis: int) -> jax.Array:
+def _per_key_head(x: jax.Array, heads: int, axis: int) -> jax.Array:
     """Sums over the query heads that share a key head."""
-    if problem.queries_per_key == 1:
+    if x.shape[axis] == heads:
         return x
-    shape = (*x.shape[:axis], problem.K, problem.queries_per_key, *x.shape[axis + 1 :])
-    return x.reshape(shape).sum(axis=axis + 1)
+    return x.reshape(*x.shape[:axis], heads, -1, *x.shape[axis + 1 :]).sum(axis=axis + 1)

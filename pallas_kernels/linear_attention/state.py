@@ -20,7 +20,6 @@ from pallas_kernels.linear_attention.tiles import (
     ALONG_ROWS,
     TILE,
     WGMMA,
-    as_operand,
     over_rows,
 )
 
@@ -45,7 +44,7 @@ def zero_state(num_slices: int, normalize: bool) -> State:
 
 
 def load_state(tiles, totals, num_slices: int) -> State:
-    """The state from global memory: `[D, 64]` and, or None, `[D]`."""
+    """The state from global memory: `[D, 64]` and `[D]`, or None."""
 
     def load(ref, i, layout):
         return plgpu.load(ref.at[pl.ds(i * TILE, TILE)], layout=layout, optimized=False)
@@ -91,22 +90,20 @@ class Copy(NamedTuple):
 def absorb(
     state: State,
     side: Side,
-    x,
     y,
+    w,
     products: Products,
     weights: jax.Array | None = None,
-    *,
-    first: int | jax.Array = 0,
 ) -> State:
-    """Adds a chunk to the state's slices, which are those from `first` on.
+    """Adds a chunk.
 
-    `S += phi(x)ᵀ y`, and the totals grow by `phi(x)` times the tokens' weights (1).
+    `S += phi(y)ᵀ w`, and the totals grow by `phi(y)` times the tokens' weights (1).
     """
     tiles, totals = list(state.tiles), list(state.totals)
     for i in range(len(tiles)):
-        columns = side.columns(first + i, x)
+        columns = side.columns(i, y)
         if totals:
-            weighted = columns if weights is None else columns * over_rows(weights)
-            totals[i] += weighted.sum(axis=1)
-        tiles[i] = products.accumulate(tiles[i], (as_operand(columns), y))
+            values = columns.values if weights is None else columns.values * over_rows(weights)
+            totals[i] += values.sum(axis=1)
+        tiles[i] = products.accumulate(tiles[i], (columns.operand, w))
     return State(tuple(tiles), tuple(totals))

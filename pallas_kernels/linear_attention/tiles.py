@@ -3,7 +3,6 @@
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 TILE = 64
@@ -27,13 +26,3 @@ def over_columns(vector: jax.Array) -> jax.Array:
 def over_rows(vector: jax.Array) -> jax.Array:
     """`[64]`, one number a column, over all rows."""
     return lax.broadcast_in_dim(vector, (TILE, TILE), [1])
-
-
-def as_operand(tile):
-    """What the matrix unit takes: a register tile in bfloat16, a shared-memory ref as it is."""
-    return tile.astype(jnp.bfloat16) if isinstance(tile, jax.Array) else tile
-
-
-def columns_of(ref, widths: tuple[int, ...]) -> list:
-    """Views of a shared-memory tile's columns, of the given equal widths."""
-    return [ref.at[:, pl.ds(i * width, width)] for i, width in enumerate(widths)]
