@@ -34,14 +34,14 @@ class LaunchConfig:
                 )
 
 
-def heuristic(*, B: int, T: int, N: int, H: int) -> LaunchConfig:
+def heuristic(*, B: int, T: int, N: int, F: int, H: int) -> LaunchConfig:
     """The launch parameters for a shape: as many groups as fill the chip once.
 
     A number of groups that divides the chunks needs no padding, so one within half of the wanted
-    number is preferred.
+    number is preferred. Three stages of wide q and k would leave room for one CTA alone.
     """
     chunks = -(-T // TILE)
     walkers = B * N * -(-H // TILE)
     wanted = max(1, min(_RESIDENT_CTAS // walkers, chunks))
     fitting = [n for n in range(wanted, wanted // 2, -1) if chunks % n == 0]
-    return LaunchConfig(groups=(fitting or [wanted])[0])
+    return LaunchConfig(groups=(fitting or [wanted])[0], stages=3 if F <= 16 else 2)

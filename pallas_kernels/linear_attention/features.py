@@ -6,10 +6,10 @@ For a tile x `[64 tokens, F]` in shared memory, and slice i of 64 features, a ke
     columns  phi_i(x)ᵀ [64 features, 64 tokens]   left operand of S += phi(x)ᵀ w
     score    phi(q)·phi(k) as a function of q·k   inside a chunk
 
-Register tiles cannot be sliced by column, so the Taylor features x_i x_j are formed by SELECTION
-PRODUCTS: with L, R `[64, 16]` holding one entry a row, `(x Lᵀ) * (x Rᵀ)` is a tile of 64 products,
-and `(L xᵀ) * (R xᵀ)` the same transposed. Entries are powers of two, so both factors are exact in
-bfloat16, and so is the rounding of their product.
+A single column of a register tile cannot be picked out, so the Taylor features x_i x_j are formed
+by SELECTION PRODUCTS: with L, R `[64, 16]` holding one entry a row, `(x Lᵀ) * (x Rᵀ)` is a tile of
+64 features, and `(L xᵀ) * (R xᵀ)` the same transposed. L lies on R in shared memory, so that both
+are one product. Entries are powers of two, so both factors are exact in bfloat16.
 """
 
 import dataclasses
@@ -64,7 +64,7 @@ class FeatureMap(Protocol):
     output_scale: float
 
     def constants(self) -> tuple[np.ndarray, ...]:
-        """Matrices that a kernel keeps in shared memory: 64 rows a slice."""
+        """Matrices that a kernel keeps in shared memory: as many rows for each slice."""
         ...
 
     def score(self, dot: jax.Array) -> jax.Array:
@@ -102,7 +102,7 @@ class Taylor:
     output_scale = 1.0
 
     def constants(self) -> tuple[np.ndarray, ...]:
-        """Selections `[192, 16]`: left ones of queries and of keys, right ones of both."""
+        """Selections of queries and of keys, `[384, 16]`: 64 rows of L, 64 of R, for each slice."""
         i, j = np.triu_indices(16)
         eye = np.eye(16)
         weight = self.scale**2 * np.where(i == j, 0.5, 1.0)
@@ -110,7 +110,13 @@ class Taylor:
         query = np.concatenate([one, self.scale * eye, weight[:, None] * eye[i], rest])
         key = np.concatenate([one, eye, eye[i], rest])
         right = np.concatenate([one, 0 * eye, eye[j], rest])
-        return tuple(matrix.astype(jnp.bfloat16) for matrix in (query, key, right))
+
+        def stacked(left):
+            slices = (-1, TILE, 16)
+            pairs = np.stack([left.reshape(slices), right.reshape(slices)], axis=1)
+            return pairs.reshape(-1, 16).astype(jnp.bfloat16)
+
+        return stacked(query), stacked(key)
 
     def score(self, dot):
         """`1 + x + x²/2`."""
@@ -122,40 +128,35 @@ class Taylor:
 
     def bind(self, constants, products, first) -> tuple["_TaylorSide", "_TaylorSide"]:
         """The maps of queries and of keys."""
-        query, key, right = constants
-        return _TaylorSide(query, right, products, first), _TaylorSide(key, right, products, first)
+        query, key = constants
+        return _TaylorSide(query, products, first), _TaylorSide(key, products, first)
 
 
 @dataclasses.dataclass(frozen=True)
 class _TaylorSide:
-    left: Operand
-    right: Operand
+    selections: Operand
     products: Products
     first: int | jax.Array
 
     def rows(self, index, x) -> "_Pairs":
-        left, right = self._selections(index)
-        a, b = self.products.products((x, left.transpose((1, 0))), (x, right.transpose((1, 0))))
-        return _Pairs(*_with_ones(self.first + index, a, b, axis=1))
+        both = self.products.product(x, self._selection(index).transpose((1, 0)))
+        return _Pairs(*_with_ones(self.first + index, both[:, :TILE], both[:, TILE:], axis=1))
 
     def columns(self, index, x) -> "_Pairs":
-        left, right = self._selections(index)
-        a, b = self.products.products((left, x.transpose((1, 0))), (right, x.transpose((1, 0))))
-        return _Pairs(*_with_ones(self.first + index, a, b, axis=0))
+        both = self.products.product(self._selection(index), x.transpose((1, 0)))
+        return _Pairs(*_with_ones(self.first + index, both[:TILE], both[TILE:], axis=0))
 
     def pull(self, index, x, d_rows: jax.Array, grad: jax.Array) -> jax.Array:
         """`grad`, the gradient of x `[64, 16]`, plus the chain rule of that of `rows(index, x)`."""
-        left, right = self._selections(index)
         pairs, d_rows = self.rows(index, x), d_rows.astype(jnp.bfloat16)
-        # Ones come from no selection: their rows of `left` and `right` are empty.
-        return self.products.accumulate(
-            grad,
-            (d_rows * pairs.b.astype(jnp.bfloat16), left),
-            (d_rows * pairs.a.astype(jnp.bfloat16), right),
-        )
+        d_left = d_rows * pairs.b.astype(jnp.bfloat16)
+        d_right = d_rows * pairs.a.astype(jnp.bfloat16)
+        # Ones come from no selection: their rows of L and R are empty.
+        both = jnp.concatenate([d_left, d_right], axis=1)
+        return self.products.accumulate(grad, both, self._selection(index))
 
-    def _selections(self, index):
-        return tuple(ref.at[pl.ds(index * TILE, TILE)] for ref in (self.left, self.right))
+    def _selection(self, index):
+        return self.selections.at[pl.ds(index * 2 * TILE, 2 * TILE)]
 
 
 def _with_ones(index, a, b, axis):

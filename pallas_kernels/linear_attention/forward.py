@@ -54,7 +54,7 @@ def outputs(
     ):
         readers, writers = plan.bind(sources, constants, barrier)
         b, n = lax.axis_index("batch"), lax.axis_index("head")
-        values = pl.ds(lax.axis_index("block") * TILE, TILE)
+        block = pl.ds(lax.axis_index("block") * TILE, TILE)
         if starts is None:
             state = zero_state(plan.slices, plan.normalize)
         else:
@@ -69,16 +69,19 @@ def outputs(
                 total = weights.sum(axis=1)
             for i in range(plan.slices):
                 rows = readers.rows(i, x)
+                operand = rows.operand
                 if plan.normalize:
-                    total += (rows.values * over_rows(copy.totals_of(i))).sum(axis=1)
-                sums = products.accumulate(sums, (rows.operand, copy.tiles[i]))
+                    values = rows.values
+                    operand = values.astype(x.dtype)
+                    total += (values * over_rows(copy.totals_of(i))).sum(axis=1)
+                sums = products.accumulate(sums, operand, copy.tiles[i])
             if plan.normalize:
                 sums *= over_columns(1 / total)
                 den[b, n, tokens] = total
             plgpu.wait_smem_to_gmem(0)  # the last chunk's copy has left the tile
             tile[...] = (plan.feature_map.output_scale * sums).astype(tile.dtype)
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(tile, out.at[b, tokens, n, values])
+            plgpu.copy_smem_to_gmem(tile, out.at[b, tokens, n, block])
             state = absorb(state, writers, y, w, products)
             copy.renew(state)
             return state
@@ -136,6 +139,6 @@ def group_sums(
 
     (sums,) = plan.launch(
         linear_attention_group_sums, y, w, weights, grid=plan.grid(N, w) | {"slice": plan.slices},
-        out_type=(plan.states_type(B, N, H),), scratch={},
+        out_type=(plan.states_type(B, N, H),), scratch={}, commits=False,
     )  # fmt: skip
     return sums

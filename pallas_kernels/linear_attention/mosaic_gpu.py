@@ -72,7 +72,7 @@ def linear_attention(
         q = q if mantissa == 0.5 else (2 * mantissa * q.astype(jnp.float32)).astype(q.dtype)
     else:
         phi = Identity(size=F, output_scale=scale)
-    config = config or heuristic(B=B, T=T, N=N, H=H)
+    config = config or heuristic(B=B, T=T, N=N, F=F, H=H)
     padding = -T % (TILE * config.groups)
     plan = Plan(
         feature_map=phi, normalize=normalize, groups=config.groups, stages=config.stages,

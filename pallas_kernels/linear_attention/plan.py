@@ -62,20 +62,33 @@ class Plan:
         """The matrix unit."""
         return Products(self.interpret)
 
-    def launch(self, body, *arrays, grid: dict[str, int], out_type, scratch):
+    def launch(
+        self, body, *arrays, grid: dict[str, int], out_type, scratch, commits: bool = True
+    ):
         """Runs a kernel; its scratch gains the feature map's matrices and a barrier.
 
-        A CTA has all slices of the state, or one where "slice" is an axis of the grid.
+        Args:
+          body: the kernel.
+          *arrays: its inputs, after the feature map's matrices.
+          grid: sizes of the grid's axes. A CTA has all slices of the state, or one if "slice" is
+            an axis.
+          out_type: shapes of its outputs.
+          scratch: its scratch, by argument.
+          commits: whether every step commits its writes to shared memory before anything there is
+            overwritten. Those are barriers of the warpgroup, and the compiler need add none.
         """
         constants = tuple(jnp.asarray(c) for c in self.feature_map.constants())
-        rows = TILE * (1 if "slice" in grid else self.slices)
+        parts = self.slices if "slice" in grid else 1
         own = {
-            "constants": tuple(plgpu.SMEM((rows, c.shape[1]), c.dtype) for c in constants),
+            "constants": tuple(
+                plgpu.SMEM((c.shape[0] // parts, c.shape[1]), c.dtype) for c in constants
+            ),
             "barrier": plgpu.Barrier(),
         }
         kernel = plgpu.kernel(
             body, out_type=out_type, scratch_types={**own, **scratch},
             grid=tuple(grid.values()), grid_names=tuple(grid),
+            compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=commits),
             interpret=plgpu.InterpretGPUParams() if self.interpret else None,
         )  # fmt: skip
         return kernel(constants, *arrays)
@@ -94,7 +107,8 @@ class Plan:
         Copies their matrices from global memory to the scratch made by `launch`.
         """
         for source, target in zip(sources, constants, strict=True):
-            rows = source.at[pl.ds(first * TILE, target.shape[0])]
+            per_slice = source.shape[0] // self.slices
+            rows = source.at[pl.ds(first * per_slice, target.shape[0])]
             plgpu.copy_gmem_to_smem(rows, target, barrier)
             plgpu.barrier_wait(barrier)
         queries, keys = self.feature_map.bind(constants, self.products, first)

@@ -52,14 +52,17 @@ class Products:
 
         return pl.run_scoped(issue, _accumulator(*first), _accumulator(*second))
 
-    def accumulate(self, total: jax.Array, *pairs: tuple[Operand, Operand]) -> jax.Array:
-        """`total + a b`, for every pair; the sum never leaves its registers."""
+    def accumulate(self, total: jax.Array, a: Operand, b: Operand) -> jax.Array:
+        """`total + a b`; the sum never leaves its registers.
+
+        One product only: issuing a second into the same registers makes the compiler serialise
+        them, so operands are concatenated instead.
+        """
         if self.interpret:
-            return total + sum(_dot(a, b) for a, b in pairs)
+            return total + _dot(a, b)
 
         def issue(acc):
-            for a, b in pairs:
-                plgpu.wgmma(acc, a, b)
+            plgpu.wgmma(acc, a, b)
             plgpu.wgmma_wait(0)
 
         return pl.run_state(issue)(plgpu.ACC.init(total))

@@ -102,8 +102,10 @@ def absorb(
     tiles, totals = list(state.tiles), list(state.totals)
     for i in range(len(tiles)):
         columns = side.columns(i, y)
+        operand = columns.operand
         if totals:
-            values = columns.values if weights is None else columns.values * over_rows(weights)
-            totals[i] += values.sum(axis=1)
-        tiles[i] = products.accumulate(tiles[i], (columns.operand, w))
+            values = columns.values
+            operand = values.astype(jnp.bfloat16)
+            totals[i] += (values if weights is None else values * over_rows(weights)).sum(axis=1)
+        tiles[i] = products.accumulate(tiles[i], operand, w)
     return State(tuple(tiles), tuple(totals))
