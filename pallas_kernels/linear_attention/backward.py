@@ -112,7 +112,9 @@ def input_gradients(
         arrays = [(x, "whole"), (y, "whole"), (u, "block"), (w, "block")]
         if e is not None:
             arrays.append((e, "token"))
-        state = plan.walk(step, arrays, length=T, heads=N, state=state)
+        state = plan.walk(
+            step, arrays, length=T, heads=N, stages=plan.gradient_stages, state=state
+        )
         store_state(state, *plan.of_cta(ends, N))
         plgpu.wait_smem_to_gmem(0)
 

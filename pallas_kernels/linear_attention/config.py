@@ -15,8 +15,9 @@ class LaunchConfig:
 
     Attributes:
       groups: parts into which each sequence is split; 1 walks it in one pass.
-      stages: chunks in flight from global to shared memory. More hide latency until shared
+      stages: chunks in flight from global to shared memory. More hide latency, until shared
         memory holds only one CTA a multiprocessor.
+      gradient_stages: the same in the gradient's own kernel, which has more to hold.
 
     Raises:
       ValueError: for numbers that do not fit.
@@ -24,9 +25,10 @@ class LaunchConfig:
 
     groups: int = 1
     stages: int = 2
+    gradient_stages: int = 2
 
     def __post_init__(self) -> None:
-        for name, most in (("groups", 1024), ("stages", 4)):
+        for name, most in (("groups", 1024), ("stages", 4), ("gradient_stages", 4)):
             value = getattr(self, name)
             if not 1 <= value <= most:
                 raise ValueError(

@@ -87,7 +87,9 @@ def outputs(
             return state
 
         arrays = [(x, "whole"), (y, "whole"), (w, "block")]
-        state = plan.walk(step, arrays, length=T, heads=N, state=state)
+        state = plan.walk(
+            step, arrays, length=T, heads=N, stages=plan.stages, state=state
+        )
         store_state(state, *plan.of_cta(ends, N))
         plgpu.wait_smem_to_gmem(0)
 
@@ -134,7 +136,9 @@ def group_sums(
         if weights is not None:
             arrays.append((weights, "token"))
         state = zero_state(1, plan.normalize)
-        state = plan.walk(step, arrays, length=T, heads=N, state=state)
+        state = plan.walk(
+            step, arrays, length=T, heads=N, stages=plan.stages, state=state
+        )
         store_state(state, *plan.of_cta(sums, N), first=first)
 
     (sums,) = plan.launch(

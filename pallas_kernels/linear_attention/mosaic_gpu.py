@@ -76,7 +76,7 @@ def linear_attention(
     padding = -T % (TILE * config.groups)
     plan = Plan(
         feature_map=phi, normalize=normalize, groups=config.groups, stages=config.stages,
-        interpret=interpret,
+        gradient_stages=config.gradient_stages, interpret=interpret,
     )  # fmt: skip
     # Padding comes last, so no token sees it, and its values are 0; but phi(0) counts as one key.
     q, k, v = (jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, 0))) for x in (q, k, v))

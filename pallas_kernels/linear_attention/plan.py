@@ -36,7 +36,7 @@ class Plan:
       feature_map: phi.
       normalize: whether the state holds totals, the sums of phi(y).
       groups: parts into which a sequence is split, each walked by a CTA of its own.
-      stages: chunks in flight from global memory.
+      stages, gradient_stages: chunks in flight from global memory, as in `LaunchConfig`.
       transposed: whether keys read what later queries wrote.
       interpret: whether to run in the CPU simulator.
     """
@@ -45,6 +45,7 @@ class Plan:
     normalize: bool
     groups: int
     stages: int
+    gradient_stages: int
     transposed: bool = False
     interpret: bool = False
 
@@ -114,7 +115,7 @@ class Plan:
         queries, keys = self.feature_map.bind(constants, self.products, first)
         return (keys, queries) if self.transposed else (queries, keys)
 
-    def walk(self, step, arrays, *, length: int, heads: int, state):
+    def walk(self, step, arrays, *, length: int, heads: int, stages: int, state):
         """Calls `step(tokens, *tiles, state) -> state` on every chunk of a CTA, in order.
 
         Args:
@@ -123,6 +124,7 @@ class Plan:
             "block" for the CTA's 64 columns of it, "token" for `[64]` of `[B,heads,T]`.
           length: T.
           heads: heads of the grid.
+          stages: chunks in flight.
           state: the state to start from.
         """
         chunks = length // (TILE * self.groups)
@@ -146,7 +148,7 @@ class Plan:
 
         return plgpu.emit_pipeline(
             body, grid=(chunks,), in_specs=[spec(*pair) for pair in arrays],
-            max_concurrent_steps=self.stages, init_carry=state,
+            max_concurrent_steps=stages, init_carry=state,
         )(*(array for array, _ in arrays))  # fmt: skip
 
     def seen(self) -> jax.Array:

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -34,7 +35,7 @@ class Products:
 
         def issue(acc):
             plgpu.wgmma(acc, a, b)
-            return acc[...]
+            return _finished(acc[...])
 
         return pl.run_scoped(issue, _accumulator(a, b))
 
@@ -48,7 +49,7 @@ class Products:
         def issue(acc_0, acc_1):
             plgpu.wgmma(acc_0, *first)
             plgpu.wgmma(acc_1, *second)
-            return acc_0[...], acc_1[...]
+            return _finished(acc_0[...], acc_1[...])
 
         return pl.run_scoped(issue, _accumulator(*first), _accumulator(*second))
 
@@ -65,7 +66,17 @@ class Products:
             plgpu.wgmma(acc, a, b)
             plgpu.wgmma_wait(0)
 
-        return pl.run_state(issue)(plgpu.ACC.init(total))
+        return _finished(pl.run_state(issue)(plgpu.ACC.init(total)))
+
+
+def _finished(*totals: jax.Array):
+    """Totals whose uses the compiler may not move ahead of the wait that made them final.
+
+    To LLVM arithmetic on registers is pure, and free to move over the wait; where it does, ptxas
+    saves the program by running all its products one by one (C7514), at up to 1.4 times the time.
+    """
+    totals = tuple(lax.optimization_barrier(totals))
+    return totals if len(totals) > 1 else totals[0]
 
 
 def _accumulator(a: Operand, b: Operand):

@@ -1,23 +1,22 @@
 """The public op: arguments, checks, the normaliser, and the choice of an implementation."""
 
-import dataclasses
-from typing import no_type_check
-
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from lcattn.errors import argument_error
 from lcattn.ops import checks, dispatch
-from lcattn.ops.linear_attention import chunked, features, recurrent
+from lcattn.ops.linear_attention import chunked, features, kernel, recurrent
 from lcattn.ops.linear_attention.features import FeatureMap
+from lcattn.ops.linear_attention.state import LinearAttentionState, with_normalizer_as_value
 from lcattn.typing import Array, Float, SegmentIds
 
 dispatch.declare(
     "linear_attention",
     {
-        "xla": dispatch.Implementation(chunked.attend),
-        "reference": dispatch.Implementation(recurrent.attend),
+        "mosaic_gpu": dispatch.Implementation(kernel.attend, kernel.objection, kernel.pays),
+        "xla": dispatch.Implementation(with_normalizer_as_value(chunked.attend)),
+        "reference": dispatch.Implementation(with_normalizer_as_value(recurrent.attend)),
     },
 )
 
@@ -25,21 +24,6 @@ dispatch.declare(
 # benchmarks/. A GPU pays for every step of a loop, a CPU for every score.
 _CHUNK = {"cpu": 128, "gpu": 256, "tpu": 256}
 _QUADRATIC_UP_TO = {"cpu": 256, "gpu": 1024, "tpu": 1024}
-
-
-@no_type_check  # JAX also fills it with shapes and specs
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class LinearAttentionState:
-    """What linear attention remembers of the past: a sum over keys, in float32.
-
-    Attributes:
-      kv: sum of phi(k) vᵀ, `[B,K,D,H]` with D features.
-      normalizer: sum of phi(k), `[B,K,D]`; None where outputs are not normalised.
-    """
-
-    kv: Float[Array, "B K D H"]
-    normalizer: Float[Array, "B K D"] | None
 
 
 def linear_attention(
@@ -92,7 +76,8 @@ def linear_attention(
       initial_state: the state to start from; it belongs to the first document of each row.
       return_state: also return the state after the last token (of the last document).
       chunk_size: tokens a chunk; default: by length. Changes speed and memory, never the result.
-      implementation: "xla" (chunks), "reference" (token by token), or None.
+      implementation: "mosaic_gpu" (a kernel for Hopper GPUs; its gradient cannot be differentiated
+        again), "xla" (chunks), "reference" (token by token), or None for the best that serves.
 
     Returns:
       `[B,T,N,H]`, or that and the final `LinearAttentionState`.
@@ -111,20 +96,19 @@ def linear_attention(
     similarity, q_mapped, k_mapped = features.resolve(feature_map, q, k)
     dtype = checks.accumulation_dtype(q.dtype)
     state_shape = (sizes.B, sizes.K, features.feature_size(similarity, k_mapped), sizes.H)
-    state = _merged(initial_state, normalize, state_shape, dtype)
-
-    # The normaliser is one more value that every token has: 1.
-    values = jnp.concatenate([v, jnp.ones_like(v[..., :1])], axis=-1) if normalize else v
-    run = dispatch.choose("linear_attention", implementation)
-    out, state = run(
-        similarity, q_mapped, k_mapped, values, segment_ids, state,
-        causal=causal, scale=scale, chunk_size=chunk_size or _default_chunk(sizes.S),
+    state = _checked(initial_state, normalize, state_shape, dtype)
+    run = dispatch.choose(
+        "linear_attention", implementation,
+        sizes=sizes, dtype=q.dtype, feature_map=feature_map, normalize=normalize, causal=causal,
+        segment_ids=segment_ids, scale=scale, chunk_size=chunk_size,
     )  # fmt: skip
-    if normalize:
-        total = out[..., -1:]
-        out = jnp.where(total == 0, 0, out[..., :-1] / jnp.where(total == 0, 1, total))
+    out, state = run(
+        similarity, q_mapped, k_mapped, v, segment_ids, state,
+        normalize=normalize, causal=causal, scale=scale,
+        chunk_size=chunk_size or _default_chunk(sizes.S),
+    )  # fmt: skip
     out = out.astype(q.dtype)
-    return (out, _split(state, normalize)) if return_state else out
+    return (out, state) if return_state else out
 
 
 def linear_attention_state(
@@ -162,22 +146,15 @@ def _default_chunk(length: int) -> int:
     return length if length <= _QUADRATIC_UP_TO[platform] else _CHUNK[platform]
 
 
-def _merged(state: LinearAttentionState | None, normalize: bool, shape, dtype) -> Array | None:
-    """The state as the loops carry it: the normaliser is the last column of kv."""
+def _checked(
+    state: LinearAttentionState | None, normalize: bool, shape, dtype
+) -> LinearAttentionState | None:
     if state is None:
         return None
     checks.check_shape("initial_state.kv", state.kv, shape, "[B,K,D,H]")
     if normalize != (state.normalizer is not None):
         wanted = "a normalizer" if normalize else "no normalizer"
         raise argument_error("initial_state", f"{wanted}, as normalize={normalize}", "the opposite")
-    kv = state.kv.astype(dtype)
-    if state.normalizer is None:
-        return kv
-    checks.check_shape("initial_state.normalizer", state.normalizer, shape[:-1], "[B,K,D]")
-    return jnp.concatenate([kv, state.normalizer.astype(dtype)[..., None]], axis=-1)
-
-
-def _split(state: Array, normalize: bool) -> LinearAttentionState:
-    if not normalize:
-        return LinearAttentionState(kv=state, normalizer=None)
-    return LinearAttentionState(kv=state[..., :-1], normalizer=state[..., -1])
+    if normalize:
+        checks.check_shape("initial_state.normalizer", state.normalizer, shape[:-1], "[B,K,D]")
+    return jax.tree.map(lambda x: x.astype(dtype), state)
