@@ -87,9 +87,7 @@ def input_gradients(
                 over_tile = over_rows(once * weights)
             elif e:
                 over_tile = over_columns(once * plgpu.load(e[0], layout=ALONG_ROWS))
-            dot, d_weights = products.products(
-                (x, y.transpose((1, 0))), (u, w.transpose((1, 0)))
-            )
+            dot, d_weights = products.products((x, y.transpose((1, 0))), (u, w.transpose((1, 0))))
             if e:
                 d_weights += over_tile
             d_dot = jnp.where(plan.seen(), d_weights * slope(dot), 0.0)
@@ -112,9 +110,7 @@ def input_gradients(
         arrays = [(x, "whole"), (y, "whole"), (u, "block"), (w, "block")]
         if e is not None:
             arrays.append((e, "token"))
-        state = plan.walk(
-            step, arrays, length=T, heads=N, stages=plan.gradient_stages, state=state
-        )
+        state = plan.walk(step, arrays, length=T, heads=N, stages=plan.gradient_stages, state=state)
         store_state(state, *plan.of_cta(ends, N))
         plgpu.wait_smem_to_gmem(0)
 

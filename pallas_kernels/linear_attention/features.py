@@ -9,7 +9,7 @@ For a tile x `[64 tokens, F]` in shared memory, and slice i of 64 features, a ke
 A single column of a register tile cannot be picked out, so the Taylor features x_i x_j are formed
 by SELECTION PRODUCTS: with L, R `[64, 16]` holding one entry a row, `(x Lᵀ) * (x Rᵀ)` is a tile of
 64 features, and `(L xᵀ) * (R xᵀ)` the same transposed. L lies on R in shared memory, so that both
-are one product. Entries are powers of two, so both factors are exact in bfloat16.
+are one product. Entries are powers of two, so that both factors are exact.
 """
 
 import dataclasses
@@ -148,11 +148,11 @@ class _TaylorSide:
 
     def pull(self, index, x, d_rows: jax.Array, grad: jax.Array) -> jax.Array:
         """`grad`, the gradient of x `[64, 16]`, plus the chain rule of that of `rows(index, x)`."""
-        pairs, d_rows = self.rows(index, x), d_rows.astype(jnp.bfloat16)
-        d_left = d_rows * pairs.b.astype(jnp.bfloat16)
-        d_right = d_rows * pairs.a.astype(jnp.bfloat16)
+        pairs = self.rows(index, x)
         # Ones come from no selection: their rows of L and R are empty.
-        both = jnp.concatenate([d_left, d_right], axis=1)
+        both = jnp.concatenate(
+            [(d_rows * pairs.b).astype(x.dtype), (d_rows * pairs.a).astype(x.dtype)], axis=1
+        )
         return self.products.accumulate(grad, both, self._selection(index))
 
     def _selection(self, index):
@@ -169,14 +169,18 @@ def _with_ones(index, a, b, axis):
 
 @dataclasses.dataclass(frozen=True)
 class _Pairs:
-    """Features `a * b`, their factors exact in bfloat16."""
+    """Features `a * b`.
+
+    Multiplied in float32 although the factors are exact in bfloat16: packed bfloat16 arithmetic on
+    what products have just given makes ptxas serialise them (C7514).
+    """
 
     a: jax.Array
     b: jax.Array
 
     @property
     def operand(self):
-        return self.a.astype(jnp.bfloat16) * self.b.astype(jnp.bfloat16)
+        return self.values.astype(jnp.bfloat16)
 
     @property
     def values(self):

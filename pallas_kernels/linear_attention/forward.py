@@ -69,12 +69,9 @@ def outputs(
                 total = weights.sum(axis=1)
             for i in range(plan.slices):
                 rows = readers.rows(i, x)
-                operand = rows.operand
                 if plan.normalize:
-                    values = rows.values
-                    operand = values.astype(x.dtype)
-                    total += (values * over_rows(copy.totals_of(i))).sum(axis=1)
-                sums = products.accumulate(sums, operand, copy.tiles[i])
+                    total += (rows.values * over_rows(copy.totals_of(i))).sum(axis=1)
+                sums = products.accumulate(sums, rows.operand, copy.tiles[i])
             if plan.normalize:
                 sums *= over_columns(1 / total)
                 den[b, n, tokens] = total
@@ -87,9 +84,7 @@ def outputs(
             return state
 
         arrays = [(x, "whole"), (y, "whole"), (w, "block")]
-        state = plan.walk(
-            step, arrays, length=T, heads=N, stages=plan.stages, state=state
-        )
+        state = plan.walk(step, arrays, length=T, heads=N, stages=plan.stages, state=state)
         store_state(state, *plan.of_cta(ends, N))
         plgpu.wait_smem_to_gmem(0)
 
@@ -106,9 +101,7 @@ def outputs(
     )  # fmt: skip
 
 
-def group_sums(
-    plan: Plan, y: jax.Array, w: jax.Array, weights: jax.Array | None = None
-) -> States:
+def group_sums(plan: Plan, y: jax.Array, w: jax.Array, weights: jax.Array | None = None) -> States:
     """What each group adds to a state: `phi(y)ᵀ w`, and `phi(y)` times the tokens' weights.
 
     The slices of a state are independent, so each gets a CTA of its own: with a single slice in
@@ -136,9 +129,7 @@ def group_sums(
         if weights is not None:
             arrays.append((weights, "token"))
         state = zero_state(1, plan.normalize)
-        state = plan.walk(
-            step, arrays, length=T, heads=N, stages=plan.stages, state=state
-        )
+        state = plan.walk(step, arrays, length=T, heads=N, stages=plan.stages, state=state)
         store_state(state, *plan.of_cta(sums, N), first=first)
 
     (sums,) = plan.launch(

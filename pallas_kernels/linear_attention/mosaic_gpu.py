@@ -152,9 +152,7 @@ def _attend_backward(plan, residuals, cotangents):
     heads = k.shape[2]
     d_start = None
     if has_start:
-        d_start = jax.tree.map(
-            lambda s: scale * _per_key_head(s[:, :, 0], heads, axis=1), d_starts
-        )
+        d_start = jax.tree.map(lambda s: scale * _per_key_head(s[:, :, 0], heads, axis=1), d_starts)
     return (
         dq.astype(q.dtype),
         _per_key_head(dk, heads, axis=2).astype(k.dtype),

@@ -63,9 +63,7 @@ class Plan:
         """The matrix unit."""
         return Products(self.interpret)
 
-    def launch(
-        self, body, *arrays, grid: dict[str, int], out_type, scratch, commits: bool = True
-    ):
+    def launch(self, body, *arrays, grid: dict[str, int], out_type, scratch, commits: bool = True):
         """Runs a kernel; its scratch gains the feature map's matrices and a barrier.
 
         Args:
@@ -100,9 +98,7 @@ class Plan:
             "batch": w.shape[0], "group": self.groups, "block": w.shape[3] // TILE, "head": heads,
         }  # fmt: skip
 
-    def bind(
-        self, sources, constants, barrier, first: int | jax.Array = 0
-    ) -> tuple[Side, Side]:
+    def bind(self, sources, constants, barrier, first: int | jax.Array = 0) -> tuple[Side, Side]:
         """The feature maps of readers and writers, of the slices from `first` on.
 
         Copies their matrices from global memory to the scratch made by `launch`.

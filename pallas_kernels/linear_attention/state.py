@@ -102,10 +102,8 @@ def absorb(
     tiles, totals = list(state.tiles), list(state.totals)
     for i in range(len(tiles)):
         columns = side.columns(i, y)
-        operand = columns.operand
         if totals:
             values = columns.values
-            operand = values.astype(jnp.bfloat16)
             totals[i] += (values if weights is None else values * over_rows(weights)).sum(axis=1)
-        tiles[i] = products.accumulate(tiles[i], operand, w)
+        tiles[i] = products.accumulate(tiles[i], columns.operand, w)
     return State(tuple(tiles), tuple(totals))

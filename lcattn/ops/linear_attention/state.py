@@ -33,9 +33,9 @@ def with_normalizer_as_value(attend: Callable) -> Callable:
 
     def run(similarity, q, k, v, segment_ids, state, *, normalize: bool, **options):
         if state is not None:
-            columns = [state.kv] if state.normalizer is None else [
-                state.kv, state.normalizer[..., None]
-            ]
+            columns = (
+                [state.kv] if state.normalizer is None else [state.kv, state.normalizer[..., None]]
+            )
             state = jnp.concatenate(columns, axis=-1)
         if normalize:
             v = jnp.concatenate([v, jnp.ones_like(v[..., :1])], axis=-1)
