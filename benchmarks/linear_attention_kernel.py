@@ -44,6 +44,7 @@ class Case:
 
     @property
     def name(self) -> str:
+        """As the table spells it."""
         split = "" if self.groups is None else f" groups={self.groups} stages={self.stages}"
         kind = "normalised" if self.normalize else "plain"
         return (
@@ -52,6 +53,7 @@ class Case:
         )
 
     def inputs(self, seed: int):
+        """q, k, v and the gradient of the output."""
         keys = jax.random.split(jax.random.key(seed), 4)
         shapes = [(self.N, self.F), (self.K, self.F), (self.K, self.H), (self.N, self.H)]
         return tuple(
@@ -60,6 +62,7 @@ class Case:
         )
 
     def ours(self, q, k, v):
+        """The kernel."""
         config = (
             None if self.groups is None else LaunchConfig(groups=self.groups, stages=self.stages)
         )
@@ -69,6 +72,7 @@ class Case:
         )[0]  # fmt: skip
 
     def xla(self, q, k, v):
+        """The op's XLA form."""
         return linear_attention(
             q, k, v, feature_map=self.feature_map, normalize=self.normalize, implementation="xla"
         )
@@ -100,6 +104,7 @@ def gradients(f):
 
 
 def compile_for(case: Case, f):
+    """`f` of (q, k, v), or what `gradients` made of it, compiled for a shape."""
     q, k, v, g = (jax.ShapeDtypeStruct(x.shape, x.dtype) for x in case.inputs(0))
     arguments = (q, k, v, g) if f.__name__ == "run" else (q, k, v)
     return jax.jit(f).lower(*arguments).compile()
@@ -175,6 +180,7 @@ CASES = [
 
 
 def main() -> None:
+    """Measures every shape and writes the record."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, help="JSON file, written anew after every shape")
     parser.add_argument("--seconds", type=float, default=math.inf, help="start no shape after that")

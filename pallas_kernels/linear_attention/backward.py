@@ -52,7 +52,7 @@ def input_gradients(
     """`d x`, where x is q, or k if the plan is transposed; and the state after each group.
 
     Args:
-      plan: options; the Taylor map.
+      plan: options, with the Taylor map.
       x: tokens that read, `[B,T,heads,16]`.
       y: tokens that write, `[B,T,heads,16]`.
       u: what x's outputs are multiplied with, `[B,T,heads,H]`: g, or v if transposed.
@@ -66,6 +66,7 @@ def input_gradients(
     (B, T), N, F = x.shape[:2], max(x.shape[2], y.shape[2]), x.shape[3]
     blocks = w.shape[3] // TILE
     products, slope = plan.products, plan.feature_map.slope
+    along, over = (ALONG_COLUMNS, over_rows) if plan.transposed else (ALONG_ROWS, over_columns)
 
     def linear_attention_input_gradients(
         sources, x, y, u, w, e, starts, dx, ends, *, constants, barrier, copy, tile
@@ -81,29 +82,25 @@ def input_gradients(
 
         def step(tokens, x, y, u, w, *e_and_state):
             *e, state = e_and_state
-            weights, over_tile = None, None
-            if e and plan.transposed:  # e belongs to the writers: a number a column
-                weights = plgpu.load(e[0], layout=ALONG_COLUMNS)
-                over_tile = over_rows(once * weights)
-            elif e:
-                over_tile = over_columns(once * plgpu.load(e[0], layout=ALONG_ROWS))
+            # e belongs to the queries: to the writers if transposed, a number a column of a tile.
+            weights = [plgpu.load(ref, layout=along) for ref in e]
             dot, d_weights = products.products((x, y.transpose((1, 0))), (u, w.transpose((1, 0))))
-            if e:
-                d_weights += over_tile
+            for number in weights:
+                d_weights += over(once * number)
             d_dot = jnp.where(plan.seen(), d_weights * slope(dot), 0.0)
             grad = products.product(d_dot.astype(y.dtype), y)
             for i in range(plan.slices):
                 d_rows = products.product(u, copy.tiles[i].transpose((1, 0)))
-                if e and plan.transposed:
+                if plan.normalize and plan.transposed:
                     d_rows += over_rows(once * copy.totals_of(i))
-                elif e:
-                    d_rows += over_tile * over_rows(copy.totals_of(i))
+                elif plan.normalize:
+                    d_rows += over(once * weights[0]) * over_rows(copy.totals_of(i))
                 grad = readers.pull(i, x, d_rows, grad)
             plgpu.wait_smem_to_gmem(0)  # the last chunk's copy has left the tile
             tile[...] = grad.astype(tile.dtype)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(tile, dx.at[h, b, tokens, n])
-            state = absorb(state, writers, y, w, products, weights)
+            state = absorb(state, writers, y, w, products, *(weights if plan.transposed else ()))
             copy.renew(state)
             return state
 

@@ -51,17 +51,22 @@ class Side(Protocol):
 
 
 class FeatureMap(Protocol):
-    """A feature map for vectors of one size.
+    """A feature map for vectors of one size."""
 
-    Attributes:
-      size: features D.
-      num_slices: slices of 64 features that hold them; the rest are zeros.
-      output_scale: a factor of the similarity, left out of everything but what leaves a kernel.
-    """
+    @property
+    def size(self) -> int:
+        """Features D."""
+        ...
 
-    size: int
-    num_slices: int
-    output_scale: float
+    @property
+    def num_slices(self) -> int:
+        """Slices of 64 features that hold them; what is over are zeros."""
+        ...
+
+    @property
+    def output_scale(self) -> float:
+        """A factor of the similarity, left out of everything but what leaves a kernel."""
+        ...
 
     def constants(self) -> tuple[np.ndarray, ...]:
         """Matrices that a kernel keeps in shared memory: as many rows for each slice."""
@@ -69,6 +74,10 @@ class FeatureMap(Protocol):
 
     def score(self, dot: jax.Array) -> jax.Array:
         """The similarity, from q·k."""
+        ...
+
+    def slope(self, dot: jax.Array) -> jax.Array | float:
+        """The derivative of `score`."""
         ...
 
     def bind(
@@ -126,23 +135,33 @@ class Taylor:
         """The derivative of `score`."""
         return self.scale + dot * self.scale**2
 
-    def bind(self, constants, products, first) -> tuple["_TaylorSide", "_TaylorSide"]:
+    def bind(self, constants, products, first) -> tuple["TaylorSide", "TaylorSide"]:
         """The maps of queries and of keys."""
         query, key = constants
-        return _TaylorSide(query, products, first), _TaylorSide(key, products, first)
+        return TaylorSide(query, products, first), TaylorSide(key, products, first)
 
 
 @dataclasses.dataclass(frozen=True)
-class _TaylorSide:
+class TaylorSide:
+    """The map of queries or of keys, and its chain rule.
+
+    Attributes:
+      selections: L and R of the kernel's slices.
+      products: the matrix unit.
+      first: the kernel's first slice.
+    """
+
     selections: Operand
     products: Products
     first: int | jax.Array
 
     def rows(self, index, x) -> "_Pairs":
+        """`phi_i(x)`."""
         both = self.products.product(x, self._selection(index).transpose((1, 0)))
         return _Pairs(*_with_ones(self.first + index, both[:, :TILE], both[:, TILE:], axis=1))
 
     def columns(self, index, x) -> "_Pairs":
+        """`phi_i(x)ᵀ`."""
         both = self.products.product(self._selection(index), x.transpose((1, 0)))
         return _Pairs(*_with_ones(self.first + index, both[:TILE], both[TILE:], axis=0))
 
@@ -211,6 +230,11 @@ class Identity:
     def score(self, dot):
         """`q·k`."""
         return dot
+
+    def slope(self, dot):
+        """The derivative of `score`."""
+        del dot
+        return 1.0
 
     def bind(self, constants, products, first) -> tuple["_IdentitySide", "_IdentitySide"]:
         """The maps of queries and of keys."""

@@ -65,16 +65,16 @@ def outputs(
             dot = products.product(x, y.transpose((1, 0)))
             weights = jnp.where(plan.seen(), plan.feature_map.score(dot), 0.0)
             sums = products.product(weights.astype(w.dtype), w)
-            if plan.normalize:
-                total = weights.sum(axis=1)
+            total = [weights.sum(axis=1)] if plan.normalize else []
             for i in range(plan.slices):
                 rows = readers.rows(i, x)
-                if plan.normalize:
-                    total += (rows.values * over_rows(copy.totals_of(i))).sum(axis=1)
+                total = [
+                    t + (rows.values * over_rows(copy.totals_of(i))).sum(axis=1) for t in total
+                ]
                 sums = products.accumulate(sums, rows.operand, copy.tiles[i])
-            if plan.normalize:
-                sums *= over_columns(1 / total)
-                den[b, n, tokens] = total
+            for t in total:
+                sums *= over_columns(1 / t)
+                den[b, n, tokens] = t
             plgpu.wait_smem_to_gmem(0)  # the last chunk's copy has left the tile
             tile[...] = (plan.feature_map.output_scale * sums).astype(tile.dtype)
             plgpu.commit_smem()

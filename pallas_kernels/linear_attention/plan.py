@@ -11,6 +11,7 @@ the walk is from the end. Heads are the fastest grid axis: neighbours read the s
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.linear_attention.features import FeatureMap, Side
+from pallas_kernels.linear_attention.features import FeatureMap
 from pallas_kernels.linear_attention.products import Products
 from pallas_kernels.linear_attention.state import Copy
 from pallas_kernels.linear_attention.tiles import TILE, iota
@@ -98,7 +99,7 @@ class Plan:
             "batch": w.shape[0], "group": self.groups, "block": w.shape[3] // TILE, "head": heads,
         }  # fmt: skip
 
-    def bind(self, sources, constants, barrier, first: int | jax.Array = 0) -> tuple[Side, Side]:
+    def bind(self, sources, constants, barrier, first: int | jax.Array = 0) -> tuple[Any, Any]:
         """The feature maps of readers and writers, of the slices from `first` on.
 
         Copies their matrices from global memory to the scratch made by `launch`.

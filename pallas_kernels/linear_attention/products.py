@@ -4,6 +4,10 @@ On the chip an operand is a shared-memory ref, or (the left one only) a bfloat16
 and the sum is a float32 tile in registers. The CPU simulator runs neither register operands nor
 accumulators that are given a value, so under it the same products are taken by `jnp.dot`; all of a
 kernel but these three functions is then what runs on the chip.
+
+Results pass a barrier of the compiler. To LLVM arithmetic on registers is pure and may float over
+the wait that makes a sum final; kept in place, a kernel with three tiles of state spilled 372 bytes
+a thread rather than 580, and ptxas no longer serialised its products for want of registers (C7512).
 """
 
 import dataclasses
@@ -35,7 +39,7 @@ class Products:
 
         def issue(acc):
             plgpu.wgmma(acc, a, b)
-            return _finished(acc[...])
+            return lax.optimization_barrier(acc[...])
 
         return pl.run_scoped(issue, _accumulator(a, b))
 
@@ -49,7 +53,7 @@ class Products:
         def issue(acc_0, acc_1):
             plgpu.wgmma(acc_0, *first)
             plgpu.wgmma(acc_1, *second)
-            return _finished(acc_0[...], acc_1[...])
+            return lax.optimization_barrier((acc_0[...], acc_1[...]))
 
         return pl.run_scoped(issue, _accumulator(*first), _accumulator(*second))
 
@@ -66,18 +70,7 @@ class Products:
             plgpu.wgmma(acc, a, b)
             plgpu.wgmma_wait(0)
 
-        return _finished(pl.run_state(issue)(plgpu.ACC.init(total)))
-
-
-def _finished(*totals: jax.Array):
-    """Totals, whose uses the compiler may not move over the wait that made them final.
-
-    To LLVM arithmetic on registers is pure and may float; kept in place, a kernel that holds three
-    tiles of state spilled 372 bytes a thread rather than 580, and ptxas no longer serialised its
-    products for want of registers (C7512).
-    """
-    totals = tuple(lax.optimization_barrier(totals))
-    return totals if len(totals) > 1 else totals[0]
+        return lax.optimization_barrier(pl.run_state(issue)(plgpu.ACC.init(total)))
 
 
 def _accumulator(a: Operand, b: Operand):

@@ -6,7 +6,7 @@ renewed once a chunk, and so is one of the normaliser: its sums lie along rows o
 tiles, and come back from shared memory along columns.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -71,8 +71,8 @@ class Copy(NamedTuple):
       totals: `[64]` in float32, one a slice, or none.
     """
 
-    tiles: tuple[jax.Ref, ...]
-    totals: tuple[jax.Ref, ...]
+    tiles: tuple[Any, ...]
+    totals: tuple[Any, ...]
 
     def renew(self, state: State) -> None:
         """Writes the state and makes it visible to the matrix unit."""

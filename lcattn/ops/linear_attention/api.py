@@ -155,6 +155,6 @@ def _checked(
     if normalize != (state.normalizer is not None):
         wanted = "a normalizer" if normalize else "no normalizer"
         raise argument_error("initial_state", f"{wanted}, as normalize={normalize}", "the opposite")
-    if normalize:
+    if state.normalizer is not None:
         checks.check_shape("initial_state.normalizer", state.normalizer, shape[:-1], "[B,K,D]")
     return jax.tree.map(lambda x: x.astype(dtype), state)

@@ -56,6 +56,8 @@ def objection(
         return "is causal"
     if segment_ids is not None:
         return "does not know segment_ids"
+    if not isinstance(feature_map, str):
+        return "knows no feature map but its own"
     return mosaic_gpu.objection(
         feature_map=feature_map, normalize=normalize, dtype=dtype, F=sizes.F, H=sizes.H,
         scale=scale,

@@ -1,4 +1,4 @@
-"""The Hopper kernels without a GPU: in the simulator against the recurrence, and lowered for CUDA."""
+"""The Hopper kernels without a GPU: simulated, against the recurrence, and lowered for CUDA."""
 
 import jax
 import jax.numpy as jnp
