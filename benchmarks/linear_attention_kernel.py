@@ -11,6 +11,8 @@ import argparse
 import dataclasses
 import json
 import math
+import shlex
+import sys
 import time
 from pathlib import Path
 
@@ -193,7 +195,8 @@ def main() -> None:
         print(summary(rows[-1]), flush=True)
         record = {
             "device": jax.devices()[0].device_kind, "jax": jax.__version__,
-            "command": "python -m benchmarks.linear_attention_kernel --out ...", "rows": rows,
+            "command": "python -m benchmarks.linear_attention_kernel " + shlex.join(sys.argv[1:]),
+            "rows": rows,
         }  # fmt: skip
         if arguments.out:
             arguments.out.write_text(json.dumps(record, indent=1) + "\n")

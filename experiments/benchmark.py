@@ -266,16 +266,21 @@ def _growth(rows: list[dict[str, Any]]) -> dict[tuple[str, int], float]:
 
 
 def _crossovers(rows: list[dict[str, Any]]) -> Iterator[tuple[str, int, str, str]]:
-    """Where one implementation overtakes another, interpolated on logarithmic axes."""
+    """Where one implementation overtakes another for good, interpolated on logarithmic axes.
+
+    A lead of less than a tenth at the longest T is noise, not a lead.
+    """
     for kind in dict.fromkeys(row["pass"] for row in rows):
         curves = _curves([row for row in rows if row["pass"] == kind])
         for slow, fast in itertools.permutations(curves, 2):
             shared = sorted(set(curves[slow]) & set(curves[fast]))
-            lead = {T: math.log(curves[fast][T] / curves[slow][T]) for T in shared}
-            for before, after in itertools.pairwise(shared):
-                if lead[before] > 0 >= lead[after]:
-                    part = lead[before] / (lead[before] - lead[after])
-                    yield kind, round(before * (after / before) ** part), fast, slow
+            lag = {T: math.log(curves[fast][T] / curves[slow][T]) for T in shared}
+            behind = [T for T in shared if lag[T] > 0]
+            if behind and lag[shared[-1]] < -math.log(1.1):
+                before = behind[-1]
+                after = shared[shared.index(before) + 1]
+                part = lag[before] / (lag[before] - lag[after])
+                yield kind, round(before * (after / before) ** part), fast, slow
 
 
 def _plots(rows: list[dict[str, Any]]) -> Iterator[Figure]:

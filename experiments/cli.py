@@ -125,13 +125,13 @@ def _record(run_dir: Path, prepared: gin_config.Prepared) -> None:
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         (run_dir / "config.gin").write_text(prepared.config)
-        (run_dir / "arguments.json").write_text(_json(prepared.arguments))
+        (run_dir / "arguments.json").write_text(arguments_json(prepared.arguments))
         (run_dir / OPERATIVE).write_text(prepared.operative)
     except OSError as error:
         raise UsageError(f"run_dir: cannot be written: {error}") from error
 
 
-def _json(arguments: Mapping[str, Any]) -> str:
+def arguments_json(arguments: Mapping[str, Any]) -> str:
     """All that a run was called with, down to defaults that gin's own record leaves out."""
 
     def encode(value: Any) -> Any:

@@ -207,7 +207,7 @@ def _recall_panels(models: Mapping[str, Any]) -> Iterator[Panel]:
         points = [
             Series(
                 label=model,
-                x=[runs["recall"]["state_bytes"]],
+                x=[runs["recall"]["state_bytes"] / 1024],
                 y=[runs["recall"]["metrics"][f"{name}/accuracy"]],
                 line="",
             )
@@ -215,10 +215,11 @@ def _recall_panels(models: Mapping[str, Any]) -> Iterator[Panel]:
         ]
         yield Panel(
             title=f"{numbers['num_pairs']} pairs in {numbers['length']} tokens",
-            xlabel="state (bytes)",
+            xlabel="state of one stream (KiB)",
             ylabel="recall accuracy",
             series=points,
             xscale="log2",
+            ylim=(0, 1.05),
         )
 
 

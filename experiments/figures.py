@@ -47,7 +47,7 @@ class Series:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Panel:
-    """One pair of axes. Labels carry the unit, as in "time (ms)"."""
+    """One pair of axes. Labels carry the unit, as in "time (ms)"; `ylim` None fits the data."""
 
     xlabel: str
     ylabel: str
@@ -55,6 +55,7 @@ class Panel:
     title: str = ""
     xscale: Literal["linear", "log", "log2"] = "linear"
     yscale: Literal["linear", "log", "log2"] = "linear"
+    ylim: tuple[float, float] | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -105,10 +106,14 @@ def _draw(axes: Axes, panel: Panel, looks: dict[str, tuple[str, str]]) -> None:
     _scale(axes, "x", panel.xscale)
     _scale(axes, "y", panel.yscale)
     axes.set(xlabel=panel.xlabel, ylabel=panel.ylabel, title=panel.title)
+    if panel.ylim is not None:
+        axes.set_ylim(panel.ylim)
 
 
 def _scale(axes: Axes, axis: Literal["x", "y"], scale: str) -> None:
     if scale == "log2":
         getattr(axes, f"set_{axis}scale")("log", base=2)
+        # Lengths and sizes are read as 64 and 4096, not as powers.
+        getattr(axes, f"{axis}axis").set_major_formatter("{x:g}")
     else:
         getattr(axes, f"set_{axis}scale")(scale)

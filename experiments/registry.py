@@ -10,7 +10,12 @@ from lcattn import models, nn, tasks, training
 
 CONFIGURABLES = (
     models.LMConfig,
+    nn.DeltaNetConfig,
+    nn.GatedDeltaNetConfig,
+    nn.GatedLinearAttentionConfig,
     nn.LinearAttentionConfig,
+    nn.PrefixLinearAttentionConfig,
+    nn.RetentionConfig,
     nn.ShortConvolutionConfig,
     nn.SoftmaxAttentionConfig,
     tasks.CorpusConfig,

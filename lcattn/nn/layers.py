@@ -116,6 +116,23 @@ def merge_heads(x: Array) -> Array:
     return x.reshape(*x.shape[:-2], -1)
 
 
+def convolution_taps(
+    config: LayerConfig, channels: int, kernel_size: int, *, axis: str, rngs: nnx.Rngs
+) -> nnx.Param:
+    """Taps `[channels,W]` of a depth-wise convolution, uniform within ±W^-0.5."""
+    bound = kernel_size**-0.5
+    dtype = jnp.dtype(config.param_dtype or "float32")
+    taps = jax.random.uniform(rngs.params(), (channels, kernel_size), dtype, -bound, bound)
+    return nnx.Param(taps, axes=(axis, None))
+
+
+def unit_norm(x: Array, epsilon: float = 1e-6) -> Array:
+    """`x / sqrt(|x|² + epsilon)` over the last axis, in float32; zeros stay zeros."""
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    squares = jnp.sum(wide * wide, axis=-1, keepdims=True)
+    return (wide * jax.lax.rsqrt(squares + epsilon)).astype(x.dtype)
+
+
 class SwiGLU(nnx.Module):
     """The gated MLP `W3 (silu(W1 x) * W2 x)` (Shazeer 2020, arXiv 2002.05202), without biases."""
 

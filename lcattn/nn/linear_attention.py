@@ -16,8 +16,8 @@ from lcattn.typing import Array, Hidden, Positions, SegmentIds
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LinearAttentionConfig(HeadsConfig):
-    """Attention by feature maps, with a state of fixed size.
+class FeatureMapConfig(HeadsConfig):
+    """What configs of mixers with feature maps share.
 
     Attributes:
       feature_dim: size F of queries and keys. Taylor features make F(F+3)/2 + 1 of it, so it is
@@ -26,7 +26,7 @@ class LinearAttentionConfig(HeadsConfig):
       normalize: divide by the sum of weights. None: yes, except for "identity".
       output_norm: RMSNorm of each output head. None: where `normalize` is off, since outputs then
         grow with the length.
-      chunk_size, implementation: passed to `lcattn.ops.linear_attention`.
+      chunk_size, implementation: passed to the op.
     """
 
     feature_dim: int = 16
@@ -41,17 +41,13 @@ class LinearAttentionConfig(HeadsConfig):
         super().validate()
         self.require_positive("feature_dim", "chunk_size")
 
-    def make(self, rngs: nnx.Rngs) -> "LinearAttention":
-        """Builds the mixer."""
-        return LinearAttention(self, rngs)
 
+class FeatureMapMixer[C: FeatureMapConfig](Mixer):
+    """Projections to heads and back, without biases or position encoding."""
 
-class LinearAttention(Mixer):
-    """`y = Wo · linear_attention(Wq x, Wk x, Wv x)`, without biases or position encoding."""
+    config: C
 
-    op = "linear_attention"
-
-    def __init__(self, config: LinearAttentionConfig, rngs: nnx.Rngs):
+    def __init__(self, config: C, rngs: nnx.Rngs):
         """Args: `config`, with its width set; `rngs`, for the parameters."""
         self.config = config
         width, F, H = config.require_width(), config.feature_dim, config.head_size
@@ -68,6 +64,52 @@ class LinearAttention(Mixer):
         use_norm = not self.normalize if config.output_norm is None else config.output_norm
         self.norm = rms_norm(H, dtype=config.dtype, rngs=rngs) if use_norm else None
 
+    def zero_sums(self, batch_size: int) -> LinearAttentionState:
+        """Zeros, in float32 at least: a sum kept in bfloat16 stops growing."""
+        config = self.config
+        return ops.linear_attention_state(
+            batch_size, config.kv_heads, config.feature_dim,
+            config.head_size, feature_map=config.feature_map, normalize=self.normalize,
+            dtype=jnp.promote_types(config.dtype or "float32", jnp.float32),
+        )  # fmt: skip
+
+    def heads(self, x: Array) -> tuple[Array, Array, Array]:
+        """Queries, keys and values."""
+        kv_heads = self.config.kv_heads
+        q = split_heads(self.query(x), self.config.num_heads)
+        k, v = (split_heads(layer(x), kv_heads) for layer in (self.key, self.value))
+        return q, k, v
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What the op is told."""
+        config = self.config
+        return {
+            "feature_map": config.feature_map,
+            "normalize": self.normalize,
+            "chunk_size": config.chunk_size,
+            "implementation": config.implementation,
+        }
+
+    def project_out(self, heads: Array) -> Array:
+        """`[B,T,N,H] -> [B,T,D]`."""
+        return self.out(merge_heads(heads if self.norm is None else self.norm(heads)))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LinearAttentionConfig(FeatureMapConfig):
+    """Attention by feature maps, with a state of fixed size; fields as in `FeatureMapConfig`."""
+
+    def make(self, rngs: nnx.Rngs) -> "LinearAttention":
+        """Builds the mixer."""
+        return LinearAttention(self, rngs)
+
+
+class LinearAttention(FeatureMapMixer[LinearAttentionConfig]):
+    """`y = Wo · linear_attention(Wq x, Wk x, Wv x)`."""
+
+    op = "linear_attention"
+
     @property
     def traits(self) -> Traits:
         """Causal, streaming, linear in the length."""
@@ -81,34 +123,18 @@ class LinearAttention(Mixer):
     ) -> Hidden:
         """Mixes whole sequences; `positions` do not matter."""
         del positions
-        return self._project_out(self._attend(x, segment_ids=segment_ids))
+        return self.project_out(self._attend(x, segment_ids=segment_ids))
 
     def init_state(self, batch_size: int, max_length: int, dtype=None) -> LinearAttentionState:
-        """Zeros, in float32 whatever `dtype`: a sum kept in bfloat16 stops growing."""
+        """Zeros, in float32 whatever `dtype`."""
         del max_length, dtype
-        config = self.config
-        return ops.linear_attention_state(
-            batch_size, config.kv_heads, config.feature_dim,
-            config.head_size, feature_map=config.feature_map, normalize=self.normalize,
-            dtype=jnp.promote_types(config.dtype or "float32", jnp.float32),
-        )  # fmt: skip
+        return self.zero_sums(batch_size)
 
     def extend(self, x: Hidden, state: LinearAttentionState) -> tuple[Hidden, LinearAttentionState]:
         """Continues each stream."""
         check_stream(x, state.kv)
         out, state = self._attend(x, initial_state=state, return_state=True)
-        return self._project_out(out), state
+        return self.project_out(out), state
 
     def _attend(self, x: Array, **options: Any) -> Any:
-        config = self.config
-        kv_heads = config.kv_heads
-        q = split_heads(self.query(x), config.num_heads)
-        k, v = (split_heads(layer(x), kv_heads) for layer in (self.key, self.value))
-        return ops.linear_attention(
-            q, k, v,
-            feature_map=config.feature_map, normalize=self.normalize,
-            chunk_size=config.chunk_size, implementation=config.implementation, **options,
-        )  # fmt: skip
-
-    def _project_out(self, heads: Array) -> Array:
-        return self.out(merge_heads(heads if self.norm is None else self.norm(heads)))
+        return ops.linear_attention(*self.heads(x), **self.options, **options)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from lcattn import ops
-from lcattn.nn.layers import projection
+from lcattn.nn.layers import convolution_taps, projection
 from lcattn.nn.mixer import Mixer, MixerConfig, check_stream
 from lcattn.traits import Traits
 from lcattn.typing import Array, Float, Hidden, Positions, SegmentIds
@@ -66,14 +66,7 @@ class ShortConvolution(Mixer):
             config, self.inner, width, axes=("mlp", "embed"), rngs=rngs, is_output=True,
             use_bias=True,
         )  # fmt: skip
-        bound = config.kernel_size**-0.5
-        self.taps = nnx.Param(
-            jax.random.uniform(
-                rngs.params(), (self.inner, config.kernel_size),
-                jnp.dtype(config.param_dtype or "float32"), -bound, bound,
-            ),
-            axes=("mlp", None),
-        )  # fmt: skip
+        self.taps = convolution_taps(config, self.inner, config.kernel_size, axis="mlp", rngs=rngs)
 
     @property
     def traits(self) -> Traits:

@@ -10,11 +10,14 @@ outputs have the dtype of the inputs, and `segment_ids` means: equal to running 
 """
 
 from lcattn.ops.dispatch import UnsupportedImplementationError
+from lcattn.ops.gated_delta_rule import gated_delta_rule
+from lcattn.ops.gated_linear_attention import gated_linear_attention
 from lcattn.ops.linear_attention import (
     FeatureMap,
     LinearAttentionState,
     linear_attention,
     linear_attention_state,
+    prefix_linear_attention,
 )
 from lcattn.ops.positions import alibi_slopes, rotary, segment_positions
 from lcattn.ops.short_convolution import short_convolution
@@ -25,8 +28,11 @@ __all__ = [
     "LinearAttentionState",
     "UnsupportedImplementationError",
     "alibi_slopes",
+    "gated_delta_rule",
+    "gated_linear_attention",
     "linear_attention",
     "linear_attention_state",
+    "prefix_linear_attention",
     "rotary",
     "segment_positions",
     "short_convolution",

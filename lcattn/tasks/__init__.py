@@ -3,8 +3,8 @@
 - tasks a script trains on: `MQARTaskConfig`, `TextTaskConfig` (both make a `Task`);
 - rows: `MQARConfig` (computed), `PackedText` (of `Documents`), `Records` (stored one by one);
 - text: `TextFolderConfig`, `standard_library`, `CorpusConfig` (by name), `ByteTokenizer`;
-- batches: `DataConfig`, `Batches`, `BatchIterator`, `check_batch`;
-- a baseline and a metric: `NGramModel`, `accuracy`.
+- batches: `DataConfig`, `Batches`, `BatchIterator`, `check_batch`, `mask_prefix`;
+- a baseline, a metric and a prompt: `NGramModel`, `accuracy`, `repeat_prompt`.
 
 Builders of tensorflow-datasets are in `lcattn.tasks.tfds_builders`, which is imported on demand.
 """
@@ -16,6 +16,7 @@ from lcattn.tasks.mqar import MQAR, PAPER_TEST, PAPER_TRAIN, MQARConfig
 from lcattn.tasks.ngram import NGramModel
 from lcattn.tasks.packing import PackedText, Packing, pack
 from lcattn.tasks.pipeline import Batches, BatchIterator, DataConfig, Records, Source
+from lcattn.tasks.prefix import mask_prefix, repeat_prompt
 from lcattn.tasks.task import MQARTask, MQARTaskConfig, Task, TextTask, TextTaskConfig
 from lcattn.tasks.text import ByteTokenizer, Documents, TextFolderConfig, standard_library
 
@@ -44,6 +45,8 @@ __all__ = [
     "TextTaskConfig",
     "accuracy",
     "check_batch",
+    "mask_prefix",
     "pack",
+    "repeat_prompt",
     "standard_library",
 ]

@@ -130,6 +130,12 @@ def test_growth_and_crossover():
     assert list(driver._crossovers(rows)) == [("forward", 1024, "linear", "quadratic")]
 
 
+def test_a_crossover_holds_to_the_end_and_is_more_than_noise():
+    slow = [_row("slow", T, 1.0) for T in (1, 2, 4)]
+    back_and_forth = [_row("other", T, ms) for T, ms in ((1, 2.0), (2, 0.5), (4, 0.95))]
+    assert list(driver._crossovers(slow + back_and_forth)) == []
+
+
 def test_time_on_the_device_counts_where_it_is_known():
     curves = driver._curves([_row("a", 16, 5.0) | {"device_ms": 1.0}, _row("b", 16, 2.0)])
     assert curves == {"a": {16: 1.0}, "b": {16: 2.0}}

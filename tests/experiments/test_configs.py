@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from experiments import gin_config, registry
+from experiments import cli, gin_config, registry
 from experiments.benchmarks import OpBenchmark
 from lcattn.models import LMConfig
 
@@ -92,7 +92,8 @@ def test_base_has_the_size_of_gpt2_small():
     assert _num_parameters(model) == pytest.approx(124e6, rel=2e-2)
 
 
-def test_operative_config_of_the_paper_s_task_is_as_stored(request):
-    prepared = _prepare("mqar/paper.gin")
-    golden = request.path.parent / "golden" / "mqar_paper.gin"
-    assert prepared.operative == golden.read_text()
+@pytest.mark.parametrize("file", ["mqar/paper.gin", "lm/based_360m.gin"])
+def test_a_run_is_called_with_what_is_stored(file, request):
+    """To store anew after a change that is meant: run the script and copy its arguments.json."""
+    golden = request.path.parent / "golden" / file.replace("/", "_").replace(".gin", ".json")
+    assert cli.arguments_json(_prepare(file).arguments) == golden.read_text()

@@ -6,6 +6,7 @@ import pytest
 from flax import nnx
 
 from lcattn.nn import LinearAttentionConfig, ShortConvolutionConfig, SoftmaxAttentionConfig
+from lcattn.nn.mixer import default_positions
 
 WIDTH = 32
 
@@ -32,6 +33,13 @@ def test_unnormalised_outputs_get_a_norm_by_default():
     assert make(LinearAttentionConfig(num_heads=4, feature_map="identity")).norm is not None
     assert make(LinearAttentionConfig(num_heads=4, normalize=False)).norm is not None
     assert make(LinearAttentionConfig(num_heads=4, normalize=False, output_norm=False)).norm is None
+
+
+def test_positions_restart_in_every_document():
+    # Rotary and ALiBi scores depend on differences only, so outputs cannot tell.
+    x, ids = jnp.zeros((1, 5, WIDTH)), jnp.asarray([[0, 0, 3, 3, 3]], jnp.int32)
+    assert default_positions(x, ids).tolist() == [[0, 1, 0, 1, 2]]
+    assert default_positions(x, None).tolist() == [[0, 1, 2, 3, 4]]
 
 
 @pytest.mark.parametrize(

@@ -88,6 +88,18 @@ def test_beyond_the_materialised_length_blocks_give_the_same():
     assert_close("gradient of ", gradients("xla"), gradients("reference"), 1e-5)
 
 
+@pytest.mark.parametrize("window", [None, 300])
+def test_queries_amid_a_long_cache_across_a_block_boundary(window):
+    q, k, v = draw(0, 1, 100, 1, 4), draw(1, 1, 1100, 1, 4), draw(2, 1, 1100, 1, 4)
+    run = jax.jit(
+        functools.partial(ops.softmax_attention, window=window), static_argnames="implementation"
+    )
+    found, expected = (
+        run(q, k, v, query_position=450, implementation=name) for name in ("xla", "reference")
+    )
+    assert_close("output", found, expected, 1e-6)
+
+
 def test_memory_of_a_gradient_grows_with_the_length():
     def held(length):
         x = jax.ShapeDtypeStruct((1, length, 1, 8), jnp.float32)

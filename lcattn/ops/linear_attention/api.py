@@ -1,29 +1,41 @@
 """The public op: arguments, checks, the normaliser, and the choice of an implementation."""
 
-import jax
-import jax.numpy as jnp
-from jax.typing import DTypeLike
+from collections.abc import Callable
 
 from lcattn.errors import argument_error
 from lcattn.ops import checks, dispatch
 from lcattn.ops.linear_attention import chunked, features, kernel, recurrent
 from lcattn.ops.linear_attention.features import FeatureMap
-from lcattn.ops.linear_attention.state import LinearAttentionState, with_normalizer_as_value
+from lcattn.ops.linear_attention.state import (
+    LinearAttentionState,
+    divided,
+    merged,
+    split,
+    with_normalizer,
+)
 from lcattn.typing import Array, Float, SegmentIds
+
+
+def _by_sums(attend: Callable) -> Callable:
+    """An implementation of the op, from one that only sums values."""
+
+    def run(similarity, q, k, v, segment_ids, state, *, normalize: bool, **options):
+        state = merged(state, normalize, similarity, k, v)
+        v = with_normalizer(v, normalize)
+        sums, state = attend(similarity, q, k, v, segment_ids, state, **options)
+        return divided(sums, normalize), split(state, normalize)
+
+    return run
+
 
 dispatch.declare(
     "linear_attention",
     {
         "mosaic_gpu": dispatch.Implementation(kernel.attend, kernel.objection, kernel.pays),
-        "xla": dispatch.Implementation(with_normalizer_as_value(chunked.attend)),
-        "reference": dispatch.Implementation(with_normalizer_as_value(recurrent.attend)),
+        "xla": dispatch.Implementation(_by_sums(chunked.attend)),
+        "reference": dispatch.Implementation(_by_sums(recurrent.attend)),
     },
 )
-
-# Tokens a chunk, and the length up to which one chunk (the quadratic form) is faster still; see
-# benchmarks/. A GPU pays for every step of a loop, a CPU for every score.
-_CHUNK = {"cpu": 128, "gpu": 256, "tpu": 256}
-_QUADRATIC_UP_TO = {"cpu": 256, "gpu": 1024, "tpu": 1024}
 
 
 def linear_attention(
@@ -87,74 +99,20 @@ def linear_attention(
     """
     sizes = checks.check_heads(q, k, v, segment_ids)
     scale = checks.resolve_scale(scale, sizes.F)
-    if chunk_size is not None:
-        checks.check_size("chunk_size", chunk_size)
     if causal and sizes.T != sizes.S:
         raise argument_error("q", f"T={sizes.S} queries, as many as keys, when causal", sizes.T)
     if normalize is None:
         normalize = features.is_normalized_by_default(feature_map)
-    similarity, q_mapped, k_mapped = features.resolve(feature_map, q, k)
-    dtype = checks.accumulation_dtype(q.dtype)
-    state_shape = (sizes.B, sizes.K, features.feature_size(similarity, k_mapped), sizes.H)
-    state = _checked(initial_state, normalize, state_shape, dtype)
     run = dispatch.choose(
         "linear_attention", implementation,
         sizes=sizes, dtype=q.dtype, feature_map=feature_map, normalize=normalize, causal=causal,
         segment_ids=segment_ids, scale=scale, chunk_size=chunk_size,
     )  # fmt: skip
+    chunk_size = chunked.resolve_chunk(chunk_size, sizes.S)
+    similarity, queries, keys = features.resolve(feature_map, q, k)
     out, state = run(
-        similarity, q_mapped, k_mapped, v, segment_ids, state,
-        normalize=normalize, causal=causal, scale=scale,
-        chunk_size=chunk_size or _default_chunk(sizes.S),
+        similarity, queries, keys, v, segment_ids, initial_state,
+        normalize=normalize, causal=causal, scale=scale, chunk_size=chunk_size,
     )  # fmt: skip
     out = out.astype(q.dtype)
     return (out, state) if return_state else out
-
-
-def linear_attention_state(
-    batch_size: int,
-    num_kv_heads: int,
-    key_size: int,
-    value_size: int,
-    *,
-    feature_map: FeatureMap = "taylor",
-    normalize: bool | None = None,
-    dtype: DTypeLike = jnp.float32,
-) -> LinearAttentionState:
-    """The state before the first token: zeros of the right shape.
-
-    Args:
-      batch_size: B.
-      num_kv_heads: K.
-      key_size: F, the size of q and k before the feature map.
-      value_size: H.
-      feature_map: as in `linear_attention`.
-      normalize: as in `linear_attention`.
-      dtype: float32, or float64 for float64 inputs.
-    """
-    if normalize is None:
-        normalize = features.is_normalized_by_default(feature_map)
-    probe = jnp.zeros((1, 1, 1, key_size), dtype)
-    similarity, _, mapped = features.resolve(feature_map, probe, probe)
-    size = features.feature_size(similarity, mapped)
-    kv = jnp.zeros((batch_size, num_kv_heads, size, value_size), dtype)
-    return LinearAttentionState(kv=kv, normalizer=kv[..., 0] if normalize else None)
-
-
-def _default_chunk(length: int) -> int:
-    platform = dispatch.default_platform()
-    return length if length <= _QUADRATIC_UP_TO[platform] else _CHUNK[platform]
-
-
-def _checked(
-    state: LinearAttentionState | None, normalize: bool, shape, dtype
-) -> LinearAttentionState | None:
-    if state is None:
-        return None
-    checks.check_shape("initial_state.kv", state.kv, shape, "[B,K,D,H]")
-    if normalize != (state.normalizer is not None):
-        wanted = "a normalizer" if normalize else "no normalizer"
-        raise argument_error("initial_state", f"{wanted}, as normalize={normalize}", "the opposite")
-    if state.normalizer is not None:
-        checks.check_shape("initial_state.normalizer", state.normalizer, shape[:-1], "[B,K,D]")
-    return jax.tree.map(lambda x: x.astype(dtype), state)

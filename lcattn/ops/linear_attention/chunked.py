@@ -24,10 +24,26 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from lcattn.ops import checks, dispatch
 from lcattn.ops.checks import accumulation_dtype
+from lcattn.ops.chunks import cut, einsum, paste
 from lcattn.ops.linear_attention.features import Similarity
 from lcattn.ops.segments import ChunkMasks, chunk_masks
 from lcattn.typing import Array
+
+# Tokens a chunk, and the length up to which one chunk (the quadratic form) is faster still; see
+# benchmarks/. A GPU pays for every step of a loop, a CPU for every score.
+_CHUNK = {"cpu": 128, "gpu": 256, "tpu": 256}
+_QUADRATIC_UP_TO = {"cpu": 256, "gpu": 1024, "tpu": 1024}
+
+
+def resolve_chunk(chunk_size: int | None, length: int) -> int:
+    """The given tokens a chunk, checked, or as many as suit the length and the platform."""
+    if chunk_size is not None:
+        checks.check_size("chunk_size", chunk_size)
+        return chunk_size
+    platform = dispatch.default_platform()
+    return length if length <= _QUADRATIC_UP_TO[platform] else _CHUNK[platform]
 
 
 def attend(
@@ -43,7 +59,7 @@ def attend(
     chunk_size: int,
 ) -> tuple[Array, Array]:
     """Weighted sums of values `[B,T,N,H]` in float32 (not normalised), and the final state."""
-    (B, T, N, _), (S, K) = q.shape, k.shape[1:3]
+    (B, T, N, F), (S, K) = q.shape, k.shape[1:3]
     chunk = min(chunk_size, S)
     ids = segment_ids
     if ids is None and S % chunk:
@@ -52,10 +68,10 @@ def attend(
     masks = ChunkMasks()
     if ids is not None:
         ids = jnp.pad(ids, ((0, 0), (0, -S % chunk)), constant_values=-1)
-        masks = chunk_masks(ids.reshape(B, -1, chunk).swapaxes(0, 1))
+        masks = _masks(ids, chunk)
     options = _Options(similarity, scale, inclusive=True)
-    q_chunks = _cut(q.reshape(B, T, K, N // K, -1), min(chunk_size, T))
-    k_chunks, v_chunks = _cut(k, chunk), _cut(v, chunk)
+    q_chunks = cut(q.reshape(B, T, K, N // K, F), min(chunk_size, T))
+    k_chunks, v_chunks = cut(k, chunk), cut(v, chunk)
     if state is None:
         state = _zero_state(options, k_chunks[0], v_chunks[0])
     if causal:
@@ -66,9 +82,12 @@ def attend(
     else:
         out, final = _scan(options, q_chunks, k_chunks, v_chunks, masks, state)
         out += _later_keys(options, q_chunks, k_chunks, v_chunks, ids, chunk)
-    # [n,B,K,G,C,H] -> [B,T,N,H]
-    out = out.transpose(1, 0, 4, 2, 3, 5).reshape(B, -1, N, v.shape[-1])
-    return out[:, :T], final
+    return paste(out, T).reshape(B, T, N, v.shape[-1]), final
+
+
+def _masks(ids: Array, chunk: int) -> ChunkMasks:
+    B, T = ids.shape
+    return chunk_masks(ids.reshape(B, T // chunk, chunk).swapaxes(0, 1))
 
 
 class _Options(NamedTuple):
@@ -79,37 +98,18 @@ class _Options(NamedTuple):
     inclusive: bool  # whether a token sees itself
 
 
-def _cut(x: Array, chunk: int) -> Array:
-    """`[B,T,K,...,F] -> [n,B,K,...,C,F]`, padded with zeros."""
-    x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % chunk)) + ((0, 0),) * (x.ndim - 2))
-    x = x.reshape(x.shape[0], -1, chunk, *x.shape[2:])
-    return jnp.moveaxis(x, (1, 2), (0, -2))
-
-
-def _operand(x: Array) -> Array:
-    """What matrix units multiply: bfloat16 stays; float16 cannot hold sums of Taylor features."""
-    return x if x.dtype == jnp.bfloat16 else x.astype(accumulation_dtype(x.dtype))
-
-
-def _einsum(spec: str, *arrays: Array, like: Array) -> Array:
-    """A product of operands in the dtype of `like`, summed in float32."""
-    dtype = accumulation_dtype(like.dtype)
-    narrow = jnp.bfloat16 if like.dtype == jnp.bfloat16 else dtype
-    return jnp.einsum(spec, *(x.astype(narrow) for x in arrays), preferred_element_type=dtype)
-
-
 def _features(phi, x: Array, scale: float = 1.0) -> Array:
     return phi(x.astype(accumulation_dtype(x.dtype)) * scale)
 
 
 def _inside(options: _Options, q: Array, k: Array, v: Array, pair: Array | None) -> Array:
     """`tril(p(Q, K)) V`."""
-    x = options.scale * _einsum("bkgtf,bksf->bkgts", q, k, like=q)
+    x = options.scale * einsum("bkgtf,bksf->bkgts", q, k, like=q)
     seen = jnp.tri(q.shape[-2], k=0 if options.inclusive else -1, dtype=bool)
     if pair is not None:
         seen = seen & pair[:, None, None]
     p = jnp.where(seen, options.similarity.score(x), 0)
-    return _einsum("bkgts,bksh->bkgth", p, v, like=v)
+    return einsum("bkgts,bksh->bkgth", p, v, like=v)
 
 
 def _read(options: _Options, q: Array, state: Array, read: Array | None) -> Array:
@@ -117,7 +117,7 @@ def _read(options: _Options, q: Array, state: Array, read: Array | None) -> Arra
     features = _features(options.similarity.query_features, q, options.scale)
     if read is not None:
         features = jnp.where(read[:, None, None, :, None], features, 0)
-    return _einsum("bkgtd,bkdh->bkgth", features, state, like=q)
+    return einsum("bkgtd,bkdh->bkgth", features, state, like=q)
 
 
 def _write(options: _Options, k: Array, v: Array, write: Array | None) -> Array:
@@ -125,7 +125,7 @@ def _write(options: _Options, k: Array, v: Array, write: Array | None) -> Array:
     features = _features(options.similarity.key_features, k)
     if write is not None:
         features = jnp.where(write[:, None, :, None], features, 0)
-    return _einsum("bksd,bksh->bkdh", features, v, like=v)
+    return einsum("bksd,bksh->bkdh", features, v, like=v)
 
 
 def _keep(state: Array, keep: Array | None) -> Array:
@@ -203,7 +203,7 @@ def _later_keys(options, q, k, v, ids, chunk):
     """What packed tokens see of later tokens of their document: the same scan from the end."""
     largest = jnp.max(ids)
     flipped = jnp.where(ids < 0, -1, largest - ids)[:, ::-1]
-    masks = chunk_masks(flipped.reshape(ids.shape[0], -1, chunk).swapaxes(0, 1))
+    masks = _masks(flipped, chunk)
 
     def flip(x):
         return jnp.flip(x, axis=(0, -2))

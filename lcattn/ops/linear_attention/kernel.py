@@ -6,11 +6,10 @@ import jax.numpy as jnp
 from lcattn.ops import dispatch
 from lcattn.ops.checks import Sizes
 from lcattn.ops.linear_attention.features import TAYLOR, FeatureMap, Similarity
-from lcattn.ops.linear_attention.state import LinearAttentionState
+from lcattn.ops.linear_attention.state import LinearAttentionState, checked
 from lcattn.typing import Array
-from pallas_kernels.linear_attention import mosaic_gpu
 
-# Where XLA's quadratic form is as fast, forward and backward; see benchmarks/h200.
+# The shortest length measured, and there the kernel takes half of XLA's time: benchmarks/h200.
 _PAYS_FROM = 1024
 
 
@@ -28,7 +27,10 @@ def attend(
     chunk_size: int,
 ) -> tuple[Array, LinearAttentionState]:
     """Outputs `[B,T,N,H]` and the final state, of a call that `objection` lets pass."""
+    from pallas_kernels.linear_attention import mosaic_gpu
+
     del segment_ids, causal, chunk_size
+    state = checked(state, normalize, similarity, k, v)
     out, (kv, normalizer) = mosaic_gpu.linear_attention(
         q, k, v, None if state is None else (state.kv, state.normalizer),
         feature_map="taylor" if similarity is TAYLOR else "identity",
@@ -58,6 +60,9 @@ def objection(
         return "does not know segment_ids"
     if not isinstance(feature_map, str):
         return "knows no feature map but its own"
+    # Imported where it can run: it takes longer to import than the rest of the ops.
+    from pallas_kernels.linear_attention import mosaic_gpu
+
     return mosaic_gpu.objection(
         feature_map=feature_map, normalize=normalize, dtype=dtype, F=sizes.F, H=sizes.H,
         scale=scale,

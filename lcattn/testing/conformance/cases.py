@@ -36,7 +36,8 @@ class OpCase:
       draw: for an input that is not standard normal, `draw[name](rng, shape)`.
       sizes: of axes other than T, where the defaults don't fit.
       implementations: their names, the plainest first: gradients of the others are held against
-        its, and its against finite differences of the oracle.
+        its, and its against finite differences of the oracle. The last one, which should be what
+        `implementation=None` runs, goes through JAX's transformations.
       bidirectional: also takes `causal=False`.
       stateful: takes `initial_state` and `return_state`.
       chunk: a length at which the computation changes its course; lengths around it are tried.

@@ -3,9 +3,12 @@
 import dataclasses
 import functools
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 
 from lcattn import nn, ops
+from lcattn.nn.layers import unit_norm
 from lcattn.testing.conformance import oracles
 from lcattn.testing.conformance.cases import MixerCase, OpCase
 
@@ -63,6 +66,64 @@ def _linear_case(
     )
 
 
+# Gradients of gates are sums over channels of differences, in bfloat16 hence coarser.
+_GATE_GRADIENTS = {"float64": 1e-10, "float32": 1e-4, "bfloat16": 2e-2, "float16": 2e-3}
+
+
+def _negative(rng, shape):
+    """Log decays from next to none to nearly all."""
+    return -rng.exponential(size=shape) * rng.choice([0.01, 1, 20], size=shape)
+
+
+def _gated_case(axes: str, *, is_variant: bool = False) -> OpCase:
+    return OpCase(
+        name=f"gated_linear_attention[log_decay={axes.replace(' ', '')}]",
+        op=ops.gated_linear_attention,
+        oracle=oracles.gated_linear_attention,
+        inputs={"q": "B T N F", "k": "B T K F", "v": "B T K H", "log_decay": axes},
+        draw={"log_decay": _negative},
+        sizes={"F": 4},
+        options={"chunk_size": 8},
+        stateful=True,
+        is_variant=is_variant,
+        gradient_tolerance=_GATE_GRADIENTS,
+    )
+
+
+def _stable(rule):
+    """The delta rule on keys of norm 1 and strengths in (0, 2), outside of which it diverges."""
+
+    def stable(q, k, v, beta, log_decay=None, **options):
+        k, beta = unit_norm(k), 2 * jax.nn.sigmoid(beta)
+        return rule(q, k, v, log_decay, beta, **options)
+
+    return stable
+
+
+def _stable_oracle(inputs, segment_ids, *, causal=True):
+    k = inputs["k"]
+    k = k / np.sqrt(np.sum(k**2, axis=-1, keepdims=True) + 1e-6)
+    inputs = {**inputs, "k": k, "beta": 2 / (1 + np.exp(-inputs["beta"]))}
+    return oracles.gated_delta_rule(inputs, segment_ids, causal=causal)
+
+
+def _delta_case(name: str, gates: str, *, decay: bool = True, is_variant: bool = False) -> OpCase:
+    inputs = {"q": "B T N F", "k": "B T K F", "v": "B T K H", "beta": gates}
+    return OpCase(
+        name=f"gated_delta_rule[{name}]",
+        op=_stable(ops.gated_delta_rule),
+        oracle=_stable_oracle,
+        inputs=inputs | ({"log_decay": gates} if decay else {}),
+        draw={"log_decay": _negative},
+        sizes={"F": 4},
+        options={"chunk_size": 8},
+        stateful=True,
+        is_variant=is_variant,
+        value_tolerance={"float64": 1e-12, "float32": 1e-5, "bfloat16": 8e-3, "float16": 1e-3},
+        gradient_tolerance=_GATE_GRADIENTS,
+    )
+
+
 def _convolution_case(taps: int, *, is_variant: bool = False) -> OpCase:
     return OpCase(
         name=f"short_convolution[taps={taps}]",
@@ -105,6 +166,10 @@ OPS: tuple[OpCase, ...] = (
     _linear_case(
         "callable,chunk=8", _square, feature_map=_square_plus, chunk_size=8, is_variant=True
     ),
+    _gated_case("B T K", is_variant=True),
+    _gated_case("B T N F"),
+    _delta_case("log_decay=BTN", "B T N"),
+    _delta_case("log_decay=None", "B T K", decay=False, is_variant=True),
     _convolution_case(1, is_variant=True),
     _convolution_case(4),
 )  # fmt: skip
@@ -125,6 +190,16 @@ def _convolution_mixer(taps: int) -> MixerCase:
     return MixerCase(name=f"ShortConvolution[taps={taps}]", config=config, chunk=max(2, taps))
 
 
+def _gated_mixer(name: str, kind=nn.GatedLinearAttentionConfig, **fields) -> MixerCase:
+    config = kind(width=16, num_heads=4, chunk_size=8, **fields)
+    return MixerCase(name=f"GatedLinearAttention[{name}]", config=config)
+
+
+def _delta_mixer(name: str, kind=nn.GatedDeltaNetConfig, **fields) -> MixerCase:
+    config = kind(width=16, num_heads=4, chunk_size=8, **fields)
+    return MixerCase(name=f"GatedDeltaNet[{name}]", config=config)
+
+
 MIXERS: tuple[MixerCase, ...] = (
     _softmax_mixer("rope"),
     _softmax_mixer("grouped,qk_norm,rope_size=2", num_kv_heads=2, qk_norm=True, rope_size=2),
@@ -135,6 +210,18 @@ MIXERS: tuple[MixerCase, ...] = (
     _linear_mixer("taylor"),
     _linear_mixer("taylor,chunk=8,grouped", chunk_size=8, num_kv_heads=2),
     _linear_mixer("identity,norm", feature_map="identity", chunk_size=8),
+    _gated_mixer("channel,grouped", num_kv_heads=2),
+    _gated_mixer("head,convolved", decay="head", kernel_size=4),
+    _gated_mixer("retention", nn.RetentionConfig),
+    _delta_mixer("gated", allow_negative_eigenvalues=True),
+    _delta_mixer("grouped,no convolution", num_kv_heads=2, kernel_size=None),
+    _delta_mixer("no decay", nn.DeltaNetConfig),
+    MixerCase(
+        name="PrefixLinearAttention",
+        config=nn.PrefixLinearAttentionConfig(
+            width=16, num_heads=4, num_kv_heads=2, feature_dim=4, chunk_size=8, prefix_length=5
+        ),
+    ),
     _convolution_mixer(1),
     _convolution_mixer(3),
 )

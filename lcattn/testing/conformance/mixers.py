@@ -142,7 +142,7 @@ def check_end(case: MixerCase) -> None:
     built, x = _build(case), case.make_input(2)
     if built.mixer.state_bytes(4) == built.mixer.state_bytes(8):
         return
-    _, full = built.mixer.extend(x, built.mixer.init_state(2, 2))
+    _, full = built.extend(x, built.init_state(x))
     assert_raises("extend", "state: expected room", lambda: built.mixer.extend(x[:, :1], full))
     beyond, _ = built.extend(x[:, :1], full)
     if not np.all(np.isnan(beyond)):

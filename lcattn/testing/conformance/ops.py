@@ -13,7 +13,11 @@ def op_checks(case: OpCase) -> Iterator[tuple[str, Callable[[], None]]]:
     A function raises an AssertionError that says what differs, where and by how much.
     """
     for implementation in case.implementations:
-        checks = [*_semantics(case), *([] if case.is_variant else _numerics(case))]
+        checks = [*_semantics(case)]
+        if not case.is_variant:
+            checks += _numerics(case)
+        if not case.is_variant and implementation == case.implementations[-1]:
+            checks += _transforms(case)
         for name, check, sizes, *options in checks:
             run = functools.partial(check, case, implementation, sizes, **dict(*options))
             yield f"{case.name}/{implementation or 'auto'}/{name}/{spell(sizes)}", run
@@ -51,6 +55,10 @@ def _numerics(case: OpCase) -> Iterator[tuple]:
         yield "grouped-queries", values.check_grouped_queries, ragged
     if case.stateful:
         yield "state", order.check_state, ragged
+
+
+def _transforms(case: OpCase) -> Iterator[tuple]:
+    ragged = case.sizes_at(2 * case.chunk + 1)
     yield "eager", transforms.check_eager, ragged
     yield "compiled-once", transforms.check_compiled_once, ragged
     yield "vmap-checkpoint-scan", transforms.check_mapped, ragged

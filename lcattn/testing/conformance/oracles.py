@@ -66,6 +66,42 @@ def linear_attention(
     return out
 
 
+def gated_linear_attention(
+    inputs: Inputs, segment_ids: np.ndarray | None, *, causal: bool = True
+) -> np.ndarray:
+    """S = e^g S + k vᵀ, o = Sᵀ q / sqrt(F)."""
+    assert causal
+    return _recurrence(inputs, segment_ids, lambda S, k, v, beta: np.outer(k, v))
+
+
+def gated_delta_rule(
+    inputs: Inputs, segment_ids: np.ndarray | None, *, causal: bool = True
+) -> np.ndarray:
+    """S = e^g S, then S = S + beta k (v - Sᵀ k)ᵀ, o = Sᵀ q / sqrt(F)."""
+    assert causal
+    return _recurrence(inputs, segment_ids, lambda S, k, v, beta: beta * np.outer(k, v - S.T @ k))
+
+
+def _recurrence(inputs: Inputs, segment_ids: np.ndarray | None, write: Callable) -> np.ndarray:
+    q, k, v = inputs["q"], inputs["k"], inputs["v"]
+    (B, T, N, F), K, H = q.shape, k.shape[2], v.shape[3]
+    log_decay, beta = (inputs.get(name, np.zeros((B, T, N))) for name in ("log_decay", "beta"))
+    out = np.zeros((B, T, N, H))
+    for b, n in np.ndindex(B, N):
+        S, document = np.zeros((F, H)), None
+        head, gate = n * K // N, n * log_decay.shape[2] // N
+        for t in range(T):
+            if segment_ids is not None:
+                if segment_ids[b, t] < 0:
+                    continue
+                if segment_ids[b, t] != document:
+                    S, document = np.zeros((F, H)), segment_ids[b, t]
+            S = np.exp(log_decay[b, t, gate]).reshape(-1, 1) * S
+            S = S + write(S, k[b, t, head], v[b, t, head], beta[b, t, n * beta.shape[2] // N])
+            out[b, t, n] = S.T @ q[b, t, n] / np.sqrt(F)
+    return out
+
+
 def short_convolution(
     inputs: Inputs, segment_ids: np.ndarray | None, *, causal: bool = True
 ) -> np.ndarray:

@@ -1,0 +1,175 @@
+"""What mixers with a forgetting state share: projections, convolution, gated output, streaming."""
+
+import abc
+import dataclasses
+from typing import Any, ClassVar, no_type_check, override
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from lcattn import ops
+from lcattn.nn.layers import (
+    convolution_taps,
+    merge_heads,
+    projection,
+    rms_norm,
+    split_heads,
+)
+from lcattn.nn.mixer import HeadsConfig, Mixer, check_stream, default_positions
+from lcattn.traits import Traits
+from lcattn.typing import Array, Float, Hidden, Int, Positions, SegmentIds
+
+
+@no_type_check  # JAX also fills it with shapes and specs
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class RecurrentState:
+    """What a recurrent mixer remembers; its size does not depend on the length.
+
+    Attributes:
+      memory: the state of the recurrence, `[B,K,F,H]` in float32.
+      inputs: the last W-1 inputs of the convolution, `[B,W-1,C]`; W = 1 without one.
+      length: number of tokens seen, a scalar int32.
+    """
+
+    memory: Float[Array, "B K F H"]
+    inputs: Float[Array, "B w C"]
+    length: Int[Array, ""]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RecurrentConfig(HeadsConfig):
+    """What configs of mixers with a forgetting state share.
+
+    Attributes:
+      num_kv_heads: heads K of keys, values, gates and states, a divisor of N. None: N.
+      feature_dim: size F of queries and keys; a state holds F·H numbers. None: a published share
+        of the width, as `head_dim`.
+      kernel_size: taps W of a causal depth-wise convolution, with SiLU, over queries, keys and
+        values. None: no convolution.
+      output_gate: multiply the normalised heads by SiLU(Wg x).
+      chunk_size, implementation: passed to the op.
+    """
+
+    feature_dim: int | None = None
+    kernel_size: int | None = None
+    output_gate: bool = True
+    chunk_size: int | None = None
+    implementation: str | None = None
+
+    # N·F over the width, where feature_dim is None.
+    key_share: ClassVar[float] = 1.0
+
+    @override
+    def validate(self) -> None:
+        super().validate()
+        self.require_positive("feature_dim", "kernel_size", "chunk_size")
+        if self.width is not None and self.feature_dim is None:
+            self._head_share(self.key_share, "feature_dim")
+
+    @property
+    def feature_size(self) -> int:
+        """F."""
+        return self.feature_dim or self._head_share(self.key_share, "feature_dim")
+
+
+class RecurrentMixer[C: RecurrentConfig](Mixer):
+    """`y = Wo (norm(recurrence(q, k, v, gates of x)) * silu(Wg x))`; q, k, v convolved or not."""
+
+    config: C
+
+    def __init__(self, config: C, rngs: nnx.Rngs):
+        """Args: `config`, with its width set; `rngs`, for the parameters."""
+        self.config = config
+        width, F, H = config.require_width(), config.feature_size, config.head_size
+        N, K = config.num_heads, config.kv_heads
+        self.query = projection(config, width, N * F, axes=("embed", "heads"), rngs=rngs)
+        self.key = projection(config, width, K * F, axes=("embed", "heads"), rngs=rngs)
+        self.value = projection(config, width, K * H, axes=("embed", "heads"), rngs=rngs)
+        self.channels = (N + K) * F + K * H if config.kernel_size else 0
+        if config.kernel_size:
+            self.taps = convolution_taps(
+                config, self.channels, config.kernel_size, axis="heads", rngs=rngs
+            )
+        if config.output_gate:
+            self.gate = projection(config, width, N * H, axes=("embed", "heads"), rngs=rngs)
+        self.norm = rms_norm(H, dtype=config.dtype, rngs=rngs)
+        self.out = projection(
+            config, N * H, width, axes=("heads", "embed"), rngs=rngs, is_output=True
+        )
+
+    @property
+    def traits(self) -> Traits:
+        """Causal, streaming, linear in the length."""
+        return Traits(causal=True, streaming=True, subquadratic=True)
+
+    @abc.abstractmethod
+    def recur(
+        self, x: Hidden, q: Array, k: Array, v: Array, positions: Positions, **options: Any
+    ) -> Any:
+        """Calls the op on the heads of x; outputs `[B,T,N,H]` and the final state."""
+
+    def __call__(
+        self,
+        x: Hidden,
+        segment_ids: SegmentIds | None = None,
+        positions: Positions | None = None,
+    ) -> Hidden:
+        """Mixes whole sequences."""
+        if positions is None:
+            positions = default_positions(x, segment_ids)
+        q, k, v, _ = self._heads(x, segment_ids=segment_ids)
+        heads, _ = self._recur(x, q, k, v, positions, segment_ids=segment_ids)
+        return self._project_out(x, heads)
+
+    def init_state(self, batch_size: int, max_length: int, dtype=None) -> RecurrentState:
+        """Zeros; the memory in float32 whatever `dtype`, since it sums over all tokens."""
+        del max_length
+        config = self.config
+        compute = config.dtype or "float32"
+        memory = (batch_size, config.kv_heads, config.feature_size, config.head_size)
+        inputs = (batch_size, (config.kernel_size or 1) - 1, self.channels)
+        return RecurrentState(
+            memory=jnp.zeros(memory, jnp.promote_types(compute, jnp.float32)),
+            inputs=jnp.zeros(inputs, dtype or compute),
+            length=jnp.zeros((), jnp.int32),
+        )
+
+    def extend(self, x: Hidden, state: RecurrentState) -> tuple[Hidden, RecurrentState]:
+        """Continues each stream."""
+        check_stream(x, state.memory)
+        positions = jnp.broadcast_to(
+            state.length + jnp.arange(x.shape[1], dtype=jnp.int32), x.shape[:2]
+        )
+        q, k, v, inputs = self._heads(x, initial_state=state.inputs)
+        heads, memory = self._recur(x, q, k, v, positions, initial_state=state.memory)
+        state = RecurrentState(memory, inputs.astype(state.inputs.dtype), state.length + x.shape[1])
+        return self._project_out(x, heads), state
+
+    def _heads(self, x: Array, **options: Any) -> tuple[Array, Array, Array, Any]:
+        """Queries, keys and values, and the last inputs of their convolution."""
+        config = self.config
+        parts = [self.query(x), self.key(x), self.value(x)]
+        inputs = options.get("initial_state")
+        if config.kernel_size:
+            ends = [parts[0].shape[-1], parts[0].shape[-1] + parts[1].shape[-1]]
+            convolved, inputs = ops.short_convolution(
+                jnp.concatenate(parts, axis=-1), self.taps[...], return_state=True, **options
+            )
+            parts = jnp.split(jax.nn.silu(convolved), ends, axis=-1)
+        counts = (config.num_heads, config.kv_heads, config.kv_heads)
+        q, k, v = (split_heads(part, n) for part, n in zip(parts, counts, strict=True))
+        return q, k, v, inputs
+
+    def _recur(self, x, q, k, v, positions, **options: Any) -> tuple[Array, Array]:
+        return self.recur(
+            x, q, k, v, positions, return_state=True, chunk_size=self.config.chunk_size,
+            implementation=self.config.implementation, **options,
+        )  # fmt: skip
+
+    def _project_out(self, x: Array, heads: Array) -> Array:
+        mixed = merge_heads(self.norm(heads))
+        if self.config.output_gate:
+            mixed = mixed * jax.nn.silu(self.gate(x))
+        return self.out(mixed)
