@@ -216,7 +216,7 @@ def longest(results: Mapping[str, Any]) -> list[list[Any]]:
     return [
         [
             results["op"], name, kind, row["length"], row["device_ms"] or row["ms"]["median"],
-            f"{100 * row['floor_share']:.3g} %", show_bytes(row["temp_bytes"] or 0), row["status"],
+            show_bytes(row["temp_bytes"] or 0), row["status"],
         ]
         for (name, kind), row in last.items()
     ]  # fmt: skip

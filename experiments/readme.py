@@ -112,10 +112,42 @@ def benchmarks() -> str:
     return "\n\n".join(parts)
 
 
+def kernels() -> str:
+    """Our own kernels against XLA's form of the same op, each in one run."""
+    parts = []
+    for path in sorted(RECORDS.glob("*/*_kernel.json")):
+        record = _load(path)
+        rows = [
+            (
+                row["case"],
+                kind.replace("_", " + "),
+                ours["kernel_ms"],
+                ours["call_ms"],
+                f"{100 * ours['floor_share']:.0f} %",
+                row["xla"][kind]["kernel_ms"],
+                max(row["errors"].values()),
+            )
+            for row in record["rows"]
+            for kind, ours in row["mosaic_gpu"].items()
+        ]
+        header = (
+            "case (bfloat16)", "pass", "kernels, ms", "whole call, ms", "of the floor",
+            "XLA's kernels, ms", "largest error",
+        )  # fmt: skip
+        title = f"`{path.stem}` on one {record['device']}"
+        parts.append(Table(title=title, header=header, rows=rows).markdown())
+        parts.append(
+            f"`{record['command']}`, jax {record['jax']}. The floor is the larger of the least "
+            "FLOPs over the matrix rate and the least bytes over the bandwidth. Errors are relative "
+            "to float64: the largest of the output and all gradients."
+        )
+    return "\n\n".join(parts)
+
+
 def _benchmark_table(records: list[dict[str, Any]]) -> Table:
     rows = [row for record in records for row in benchmark.longest(record)]
     environment = records[0]["environment"]
-    header = ("op", "implementation", "pass", "T", "ms", "of floor", "extra memory", "check")
+    header = ("op", "implementation", "pass", "T", "ms", "extra memory", "check")
     return Table(title=f"On one {environment['device']}", header=header, rows=rows)
 
 
@@ -131,6 +163,7 @@ PARTS = {
     "example": example,
     "demo": demo_results,
     "mechanisms": mechanisms,
+    "kernels": kernels,
     "benchmarks": benchmarks,
 }
 

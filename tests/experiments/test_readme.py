@@ -1,0 +1,24 @@
+"""The README says what the code declares and the records hold."""
+
+import pytest
+
+from experiments import readme
+
+
+@pytest.mark.parametrize("name", ["mechanisms", "demo", "kernels", "benchmarks"])
+def test_generated_part_is_in_step(name):
+    text = readme.README.read_text()
+    begin, end = f"<!-- begin: {name} -->\n", f"\n<!-- end: {name} -->"
+    part = text.partition(begin)[2].partition(end)[0]
+    assert part == readme.PARTS[name](), "run: make docs"
+
+
+def test_example_runs_as_printed():
+    code, _, printed = readme.example().partition("```\n```\n")
+    assert code.removeprefix("```python") in readme.README.read_text()
+    assert printed.startswith("(1, 4096, 8, 16) (1, 4096, 8, 16) state: (1, 8, 153, 16)")
+
+
+def test_a_missing_marker_is_named():
+    with pytest.raises(ValueError, match="begin: example"):
+        readme.render("no markers here")
