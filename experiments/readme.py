@@ -32,7 +32,7 @@ from lcattn import ops
 keys = jax.random.split(jax.random.key(0), 3)
 q, k, v = (jax.random.normal(key, (1, 4096, 8, 16)) for key in keys)  # [B,T,N,H]
 
-exact = ops.softmax_attention(q, k, v, window=512)            # sliding window, O(T) memory
+exact = ops.softmax_attention(q, k, v, window=512)  # sliding window, O(T) memory
 linear, state = ops.linear_attention(q, k, v, return_state=True)  # BASED: the past in a fixed size
 print(exact.shape, linear.shape, "state:", state.kv.shape)
 
@@ -138,8 +138,8 @@ def kernels() -> str:
         parts.append(Table(title=title, header=header, rows=rows).markdown())
         parts.append(
             f"`{record['command']}`, jax {record['jax']}. The floor is the larger of the least "
-            "FLOPs over the matrix rate and the least bytes over the bandwidth. Errors are relative "
-            "to float64: the largest of the output and all gradients."
+            "FLOPs over the matrix rate and the least bytes over the bandwidth. Errors are "
+            "relative to float64: the largest of the output and all gradients."
         )
     return "\n\n".join(parts)
 
