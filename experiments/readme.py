@@ -61,7 +61,7 @@ def mechanisms() -> str:
         op = dispatch.OPS[mixer.op]
         rows.append(
             (
-                f"`nn.{type(mixer).__name__}`",
+                f"`nn.{type(config).__name__}`",
                 f"`ops.{mixer.op}`",
                 ", ".join(op),
                 yes[traits.causal], yes[traits.streaming], yes[traits.stochastic],
@@ -70,7 +70,7 @@ def mechanisms() -> str:
             )
         )  # fmt: skip
     header = (
-        "mixer", "op", "implementations", "causal", "streams", "stochastic", "sub-quadratic",
+        "mixer config", "op", "implementations", "causal", "streams", "stochastic", "sub-quadratic",
         f"state at {_LENGTH:,} tokens",
     )  # fmt: skip
     title = f"State of one float32 stream at width {_WIDTH:,}, default config"

@@ -29,6 +29,8 @@ CONFIGURABLES = (
     training.OptimizerConfig,
     training.TrainConfig,
     TimingConfig,
+    benchmarks.GatedDeltaRuleBenchmark,
+    benchmarks.GatedLinearAttentionBenchmark,
     benchmarks.LinearAttentionBenchmark,
     benchmarks.ShortConvolutionBenchmark,
     benchmarks.SoftmaxAttentionBenchmark,

@@ -162,7 +162,8 @@ def regenerate(run_dir: Path) -> Report:
 def _command() -> str:
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     program = f"python -m {spec.name}" if spec else Path(sys.argv[0]).name
-    return " ".join([program, *sys.argv[1:]])
+    # Where the results go decides none of them.
+    return " ".join([program, *(a for a in sys.argv[1:] if not a.startswith("--run_dir"))])
 
 
 def _cpu_name() -> str:

@@ -108,7 +108,7 @@ class RecurrentMixer[C: RecurrentConfig](Mixer):
     def recur(
         self, x: Hidden, q: Array, k: Array, v: Array, positions: Positions, **options: Any
     ) -> Any:
-        """Calls the op on the heads of x; outputs `[B,T,N,H]` and the final state."""
+        """Calls the op on heads of x, with its gates; outputs `[B,T,N,H]` and the final state."""
 
     def __call__(
         self,
@@ -120,7 +120,7 @@ class RecurrentMixer[C: RecurrentConfig](Mixer):
         if positions is None:
             positions = default_positions(x, segment_ids)
         q, k, v, _ = self._heads(x, segment_ids=segment_ids)
-        heads, _ = self._recur(x, q, k, v, positions, segment_ids=segment_ids)
+        heads, _ = self.recur(x, q, k, v, positions, segment_ids=segment_ids, **self._options)
         return self._project_out(x, heads)
 
     def init_state(self, batch_size: int, max_length: int, dtype=None) -> RecurrentState:
@@ -143,7 +143,9 @@ class RecurrentMixer[C: RecurrentConfig](Mixer):
             state.length + jnp.arange(x.shape[1], dtype=jnp.int32), x.shape[:2]
         )
         q, k, v, inputs = self._heads(x, initial_state=state.inputs)
-        heads, memory = self._recur(x, q, k, v, positions, initial_state=state.memory)
+        heads, memory = self.recur(
+            x, q, k, v, positions, initial_state=state.memory, **self._options
+        )
         state = RecurrentState(memory, inputs.astype(state.inputs.dtype), state.length + x.shape[1])
         return self._project_out(x, heads), state
 
@@ -162,11 +164,13 @@ class RecurrentMixer[C: RecurrentConfig](Mixer):
         q, k, v = (split_heads(part, n) for part, n in zip(parts, counts, strict=True))
         return q, k, v, inputs
 
-    def _recur(self, x, q, k, v, positions, **options: Any) -> tuple[Array, Array]:
-        return self.recur(
-            x, q, k, v, positions, return_state=True, chunk_size=self.config.chunk_size,
-            implementation=self.config.implementation, **options,
-        )  # fmt: skip
+    @property
+    def _options(self) -> dict[str, Any]:
+        return {
+            "return_state": True,
+            "chunk_size": self.config.chunk_size,
+            "implementation": self.config.implementation,
+        }
 
     def _project_out(self, x: Array, heads: Array) -> Array:
         mixed = merge_heads(self.norm(heads))

@@ -1,8 +1,9 @@
 """How an op chooses among its implementations.
 
 An op declares a table `name -> Implementation`, best first. `implementation=None` takes the first
-that can serve the call; the last one always can. A name runs that implementation or raises an
-error that says why it cannot. Nothing falls back silently, and no environment variable steers it.
+that can serve the call and pays there; there always is one. A name runs that implementation or
+raises an error that says why it cannot. Nothing falls back silently, and no environment variable
+steers it.
 """
 
 import dataclasses
@@ -22,6 +23,11 @@ def _serves_every_call(**call: Any) -> str | None:
     del call
 
 
+def _always_pays(**call: Any) -> bool:
+    del call
+    return True
+
+
 @dataclasses.dataclass(frozen=True)
 class Implementation:
     """One way to compute an op.
@@ -29,10 +35,16 @@ class Implementation:
     Attributes:
       run: the function that computes it.
       objection: given the call's description, says in words why `run` cannot serve it, or None.
+      pays: given the same, whether `run` is worth taking unasked.
     """
 
     run: Callable[..., Any]
     objection: Callable[..., str | None] = _serves_every_call
+    pays: Callable[..., bool] = _always_pays
+
+    def is_best(self, **call: Any) -> bool:
+        """Whether to take it when no implementation is named, all better ones being ruled out."""
+        return self.objection(**call) is None and self.pays(**call)
 
 
 OPS: dict[str, Mapping[str, Implementation]] = {}
@@ -58,8 +70,7 @@ def choose(op: str, name: str | None, **call: Any) -> Callable[..., Any]:
     """
     table = OPS[op]
     if name is None:
-        served = (impl.run for impl in table.values() if impl.objection(**call) is None)
-        return next(served)
+        return next(impl.run for impl in table.values() if impl.is_best(**call))
     if name not in table:
         raise argument_error(
             "implementation", f"None or one of {sorted(table)} for {op}", repr(name)

@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 
 from lcattn.errors import argument_error
 from lcattn.ops import checks
@@ -18,8 +19,10 @@ from lcattn.typing import Array, Float
 _CHUNK = 64
 
 
-def check_arrays(q: Array, k: Array, v: Array, segment_ids: Array | None, *, causal: bool):
-    """Checks queries, keys and values of an op that exists in causal form only; returns sizes."""
+def check_arrays(
+    q: Array, k: Array, v: Array, segment_ids: Array | None, *, causal: bool
+) -> checks.Sizes:
+    """Checks queries, keys and values of an op that exists in causal form only."""
     sizes = checks.check_heads(q, k, v, segment_ids)
     if not causal:
         raise argument_error(
@@ -49,7 +52,9 @@ def start(state: Array | None, k: Array, v: Array) -> Float[Array, "B M F H"]:
     return state.astype(zeros.dtype)
 
 
-def finish(out: Array, scale: float, segment_ids: Array | None, dtype) -> Float[Array, "B T N H"]:
+def finish(
+    out: Array, scale: float, segment_ids: Array | None, dtype: DTypeLike
+) -> Float[Array, "B T N H"]:
     """Scaled outputs of all heads, zero at padding."""
     B, T, M, G, H = out.shape
     out = scale * out.reshape(B, T, M * G, H)

@@ -19,8 +19,8 @@ from lcattn.training import (
 from lcattn.training.checkpoint import Checkpointer, differences, digests
 from lcattn.training.state import abstract_model, abstract_state, init_state
 
-# When a read of a damaged checkpoint fails, its other reads end later, in TensorStore's own threads,
-# and find Orbax's event loop closed; Python reports that on some later test of this file.
+# When a read of a damaged checkpoint fails, other reads end later, in TensorStore's threads, and
+# find Orbax's event loop closed; Python reports that on some later test of this file.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
 CONFIG = ToyConfig(dropout=0.1, width=64)

@@ -1,8 +1,10 @@
 """The public op: arguments, checks, the normaliser, and the choice of an implementation."""
 
+from collections.abc import Callable
+
 from lcattn.errors import argument_error
 from lcattn.ops import checks, dispatch
-from lcattn.ops.linear_attention import chunked, features, recurrent
+from lcattn.ops.linear_attention import chunked, features, kernel, recurrent
 from lcattn.ops.linear_attention.features import FeatureMap
 from lcattn.ops.linear_attention.state import (
     LinearAttentionState,
@@ -13,11 +15,25 @@ from lcattn.ops.linear_attention.state import (
 )
 from lcattn.typing import Array, Float, SegmentIds
 
+
+def _by_sums(attend: Callable) -> Callable:
+    """An implementation of the op, from one that only sums values."""
+
+    def run(similarity, q, k, v, segment_ids, state, *, normalize: bool, **options):
+        state = merged(state, normalize, similarity, k, v)
+        v = with_normalizer(v, normalize)
+        sums, state = attend(similarity, q, k, v, segment_ids, state, **options)
+        return divided(sums, normalize), split(state, normalize)
+
+    return run
+
+
 dispatch.declare(
     "linear_attention",
     {
-        "xla": dispatch.Implementation(chunked.attend),
-        "reference": dispatch.Implementation(recurrent.attend),
+        "mosaic_gpu": dispatch.Implementation(kernel.attend, kernel.objection, kernel.pays),
+        "xla": dispatch.Implementation(_by_sums(chunked.attend)),
+        "reference": dispatch.Implementation(_by_sums(recurrent.attend)),
     },
 )
 
@@ -72,7 +88,8 @@ def linear_attention(
       initial_state: the state to start from; it belongs to the first document of each row.
       return_state: also return the state after the last token (of the last document).
       chunk_size: tokens a chunk; default: by length. Changes speed and memory, never the result.
-      implementation: "xla" (chunks), "reference" (token by token), or None.
+      implementation: "mosaic_gpu" (a kernel for Hopper GPUs; its gradient cannot be differentiated
+        again), "xla" (chunks), "reference" (token by token), or None for the best that serves.
 
     Returns:
       `[B,T,N,H]`, or that and the final `LinearAttentionState`.
@@ -82,17 +99,20 @@ def linear_attention(
     """
     sizes = checks.check_heads(q, k, v, segment_ids)
     scale = checks.resolve_scale(scale, sizes.F)
-    chunk_size = chunked.resolve_chunk(chunk_size, sizes.S)
     if causal and sizes.T != sizes.S:
         raise argument_error("q", f"T={sizes.S} queries, as many as keys, when causal", sizes.T)
     if normalize is None:
         normalize = features.is_normalized_by_default(feature_map)
-    similarity, queries, keys = features.resolve(feature_map, q, k)
-    state = merged(initial_state, normalize, similarity, keys, v)
-    run = dispatch.choose("linear_attention", implementation)
-    out, state = run(
-        similarity, queries, keys, with_normalizer(v, normalize), segment_ids, state,
-        causal=causal, scale=scale, chunk_size=chunk_size,
+    run = dispatch.choose(
+        "linear_attention", implementation,
+        sizes=sizes, dtype=q.dtype, feature_map=feature_map, normalize=normalize, causal=causal,
+        segment_ids=segment_ids, scale=scale, chunk_size=chunk_size,
     )  # fmt: skip
-    out = divided(out, normalize).astype(q.dtype)
-    return (out, split(state, normalize)) if return_state else out
+    chunk_size = chunked.resolve_chunk(chunk_size, sizes.S)
+    similarity, queries, keys = features.resolve(feature_map, q, k)
+    out, state = run(
+        similarity, queries, keys, v, segment_ids, initial_state,
+        normalize=normalize, causal=causal, scale=scale, chunk_size=chunk_size,
+    )  # fmt: skip
+    out = out.astype(q.dtype)
+    return (out, state) if return_state else out

@@ -72,10 +72,10 @@ def divided(sums: Array, normalize: bool) -> Array:
     return jnp.where(total == 0, 0, sums[..., :-1] / jnp.where(total == 0, 1, total))
 
 
-def merged(
+def checked(
     state: LinearAttentionState | None, normalize: bool, similarity: Similarity, k: Array, v: Array
-) -> Array | None:
-    """The state, checked against keys and values, as the loops carry it: in one array."""
+) -> LinearAttentionState | None:
+    """The state in the dtype of sums, checked against keys and values."""
     if state is None:
         return None
     (B, _, K, H), D = v.shape, features.feature_size(similarity, k)
@@ -83,11 +83,19 @@ def merged(
     if normalize != (state.normalizer is not None):
         wanted = "a normalizer" if normalize else "no normalizer"
         raise argument_error("initial_state", f"{wanted}, as normalize={normalize}", "the opposite")
-    kv = state.kv.astype(checks.accumulation_dtype(v.dtype))
-    if state.normalizer is None:
-        return kv
-    checks.check_shape("initial_state.normalizer", state.normalizer, (B, K, D), "[B,K,D]")
-    return jnp.concatenate([kv, state.normalizer.astype(kv.dtype)[..., None]], axis=-1)
+    if state.normalizer is not None:
+        checks.check_shape("initial_state.normalizer", state.normalizer, (B, K, D), "[B,K,D]")
+    return jax.tree.map(lambda x: x.astype(checks.accumulation_dtype(v.dtype)), state)
+
+
+def merged(
+    state: LinearAttentionState | None, normalize: bool, similarity: Similarity, k: Array, v: Array
+) -> Array | None:
+    """The state, checked against keys and values, as the loops carry it: in one array."""
+    state = checked(state, normalize, similarity, k, v)
+    if state is None or state.normalizer is None:
+        return None if state is None else state.kv
+    return jnp.concatenate([state.kv, state.normalizer[..., None]], axis=-1)
 
 
 def split(state: Array, normalize: bool) -> LinearAttentionState:

@@ -1,0 +1,49 @@
+"""Launch parameters of the linear-attention kernels, and the heuristic that picks them."""
+
+import dataclasses
+
+from pallas_kernels.linear_attention.tiles import TILE
+
+# CTAs that fill an H100 or H200 once: 132 multiprocessors hold two each, since a state of
+# 192 x 64 float32 numbers leaves a warpgroup no more than 255 registers a thread.
+_RESIDENT_CTAS = 264
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LaunchConfig:
+    """How a call is cut up.
+
+    Attributes:
+      groups: parts into which each sequence is split; 1 walks it in one pass.
+      stages: chunks in flight from global to shared memory. More hide latency, until shared
+        memory holds only one CTA a multiprocessor.
+      gradient_stages: the same in the gradient's own kernel, which has more to hold.
+
+    Raises:
+      ValueError: for numbers that do not fit.
+    """
+
+    groups: int = 1
+    stages: int = 2
+    gradient_stages: int = 2
+
+    def __post_init__(self) -> None:
+        for name, most in (("groups", 1024), ("stages", 4), ("gradient_stages", 4)):
+            value = getattr(self, name)
+            if not 1 <= value <= most:
+                raise ValueError(
+                    f"LaunchConfig.{name}: expected a whole number from 1 to {most}, got {value!r}"
+                )
+
+
+def heuristic(*, B: int, T: int, N: int, F: int, H: int) -> LaunchConfig:
+    """The launch parameters for a shape: as many groups as fill the chip once.
+
+    A number of groups that divides the chunks needs no padding, so one within half of the wanted
+    number is preferred. Three stages of wide q and k would leave room for one CTA alone.
+    """
+    chunks = -(-T // TILE)
+    walkers = B * N * -(-H // TILE)
+    wanted = max(1, min(_RESIDENT_CTAS // walkers, chunks))
+    fitting = [n for n in range(wanted, wanted // 2, -1) if chunks % n == 0]
+    return LaunchConfig(groups=(fitting or [wanted])[0], stages=3 if F <= 16 else 2)

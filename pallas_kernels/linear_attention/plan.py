@@ -1,0 +1,176 @@
+"""What the kernels share: options, the grid, block specs and scratch.
+
+Every kernel is a SWEEP: a CTA of one warpgroup walks the chunks of one (batch, group of chunks,
+block of 64 values, head), with a state in registers. Tokens x read the state, tokens y write it:
+
+    out_t = sum over s of p(x_t, y_s) w_s        state += phi(y_s) w_sᵀ
+
+Forward, queries read what earlier keys wrote. Transposed, keys read what later queries wrote, so
+the walk is from the end. Heads are the fastest grid axis: neighbours read the same lines of
+`[B, T, N, F]`. An array with fewer heads than the grid is shared by neighbouring heads.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.linear_attention.features import FeatureMap
+from pallas_kernels.linear_attention.products import Products
+from pallas_kernels.linear_attention.state import Copy
+from pallas_kernels.linear_attention.tiles import TILE, iota
+
+States = tuple[jax.Array, jax.Array | None]
+"""States of every head and group, float32: sums `[B,heads,groups,D,H]` and, where outputs are
+normalised, totals `[B,heads,groups,D]`; D in whole slices of 64."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """How a sweep runs, as fixed while tracing.
+
+    Attributes:
+      feature_map: phi.
+      normalize: whether the state holds totals, the sums of phi(y).
+      groups: parts into which a sequence is split, each walked by a CTA of its own.
+      stages, gradient_stages: chunks in flight from global memory, as in `LaunchConfig`.
+      transposed: whether keys read what later queries wrote.
+      interpret: whether to run in the CPU simulator.
+    """
+
+    feature_map: FeatureMap
+    normalize: bool
+    groups: int
+    stages: int
+    gradient_stages: int
+    transposed: bool = False
+    interpret: bool = False
+
+    def replace(self, **changes) -> "Plan":
+        """A copy with some fields changed."""
+        return dataclasses.replace(self, **changes)
+
+    @property
+    def slices(self) -> int:
+        """Slices of 64 features."""
+        return self.feature_map.num_slices
+
+    @property
+    def products(self) -> Products:
+        """The matrix unit."""
+        return Products(self.interpret)
+
+    def launch(self, body, *arrays, grid: dict[str, int], out_type, scratch, commits: bool = True):
+        """Runs a kernel; its scratch gains the feature map's matrices and a barrier.
+
+        Args:
+          body: the kernel.
+          *arrays: its inputs, after the feature map's matrices.
+          grid: sizes of the grid's axes. A CTA has all slices of the state, or one if "slice" is
+            an axis.
+          out_type: shapes of its outputs.
+          scratch: its scratch, by argument.
+          commits: whether every step commits its writes to shared memory before anything there is
+            overwritten. Those are barriers of the warpgroup, and the compiler need add none.
+        """
+        constants = tuple(jnp.asarray(c) for c in self.feature_map.constants())
+        parts = self.slices if "slice" in grid else 1
+        own = {
+            "constants": tuple(
+                plgpu.SMEM((c.shape[0] // parts, c.shape[1]), c.dtype) for c in constants
+            ),
+            "barrier": plgpu.Barrier(),
+        }
+        kernel = plgpu.kernel(
+            body, out_type=out_type, scratch_types={**own, **scratch},
+            grid=tuple(grid.values()), grid_names=tuple(grid),
+            compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=commits),
+            interpret=plgpu.InterpretGPUParams() if self.interpret else None,
+        )  # fmt: skip
+        return kernel(constants, *arrays)
+
+    def grid(self, heads: int, w: jax.Array) -> dict[str, int]:
+        """The sizes of the axes that a CTA finds its work by."""
+        return {
+            "batch": w.shape[0], "group": self.groups, "block": w.shape[3] // TILE, "head": heads,
+        }  # fmt: skip
+
+    def bind(self, sources, constants, barrier, first: int | jax.Array = 0) -> tuple[Any, Any]:
+        """The feature maps of readers and writers, of the slices from `first` on.
+
+        Copies their matrices from global memory to the scratch made by `launch`.
+        """
+        for source, target in zip(sources, constants, strict=True):
+            per_slice = source.shape[0] // self.slices
+            rows = source.at[pl.ds(first * per_slice, target.shape[0])]
+            plgpu.copy_gmem_to_smem(rows, target, barrier)
+            plgpu.barrier_wait(barrier)
+        queries, keys = self.feature_map.bind(constants, self.products, first)
+        return (keys, queries) if self.transposed else (queries, keys)
+
+    def walk(self, step, arrays, *, length: int, heads: int, stages: int, state):
+        """Calls `step(tokens, *tiles, state) -> state` on every chunk of a CTA, in order.
+
+        Args:
+          step: its `tokens` is the chunk's slice of the sequence.
+          arrays: `(array, kind)`, the kind of tile being "whole" for `[64, F]` of `[B,T,heads,F]`,
+            "block" for the CTA's 64 columns of it, "token" for `[64]` of `[B,heads,T]`.
+          length: T.
+          heads: heads of the grid.
+          stages: chunks in flight.
+          state: the state to start from.
+        """
+        chunks = length // (TILE * self.groups)
+        batch, head = lax.axis_index("batch"), lax.axis_index("head")
+        group, block = lax.axis_index("group"), lax.axis_index("block")
+
+        def chunk(i):
+            return group * chunks + (chunks - 1 - i if self.transposed else i)
+
+        def spec(array, kind):
+            if kind == "token":
+                return plgpu.BlockSpec((None, None, TILE), lambda i: (batch, head, chunk(i)))
+            own = head // (heads // array.shape[2])
+            width, column = (TILE, block) if kind == "block" else (array.shape[3], 0)
+            return plgpu.BlockSpec(
+                (None, TILE, None, width), lambda i: (batch, chunk(i), own, column)
+            )
+
+        def body(index, *tiles_and_state):
+            return step(pl.ds(chunk(index[0]) * TILE, TILE), *tiles_and_state)
+
+        return plgpu.emit_pipeline(
+            body, grid=(chunks,), in_specs=[spec(*pair) for pair in arrays],
+            max_concurrent_steps=stages, init_carry=state,
+        )(*(array for array, _ in arrays))  # fmt: skip
+
+    def seen(self) -> jax.Array:
+        """Where a tile `[readers, writers]` of one chunk is causal."""
+        return iota(0) <= iota(1) if self.transposed else iota(0) >= iota(1)
+
+    def states_type(self, batch: int, heads: int, values: int):
+        """The shapes of `States`."""
+        shape = (batch, heads, self.groups, self.slices * TILE)
+        return (
+            jax.ShapeDtypeStruct((*shape, values), jnp.float32),
+            jax.ShapeDtypeStruct(shape, jnp.float32) if self.normalize else None,
+        )
+
+    def of_cta(self, states, heads: int):
+        """The CTA's part of `States`: sums `[D, 64]` and totals `[D]` or None."""
+        sums, totals = states
+        head = lax.axis_index("head") // (heads // sums.shape[1])
+        at = lax.axis_index("batch"), head, lax.axis_index("group")
+        values = pl.ds(lax.axis_index("block") * TILE, TILE)
+        return sums.at[(*at, slice(None), values)], None if totals is None else totals.at[at]
+
+    def copy_scratch(self) -> Copy:
+        """Scratch of a state's copy."""
+        return Copy(
+            (plgpu.SMEM((TILE, TILE), jnp.bfloat16),) * self.slices,
+            (plgpu.SMEM((TILE,), jnp.float32),) * (self.slices if self.normalize else 0),
+        )

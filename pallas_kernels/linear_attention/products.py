@@ -1,0 +1,85 @@
+"""Matrix products inside a Mosaic GPU kernel.
+
+On the chip an operand is a shared-memory ref, or (the left one only) a bfloat16 tile in registers,
+and the sum is a float32 tile in registers. The CPU simulator runs neither register operands nor
+accumulators that are given a value, so under it the same products are taken by `jnp.dot`; all of a
+kernel but these three functions is then what runs on the chip.
+
+Results pass a barrier of the compiler. To LLVM arithmetic on registers is pure and may float over
+the wait that makes a sum final; kept in place, a kernel with three tiles of state spilled 372 bytes
+a thread rather than 580, and ptxas no longer serialised its products for want of registers (C7512).
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+Operand = Any  # a shared-memory ref or a register tile
+
+
+@dataclasses.dataclass(frozen=True)
+class Products:
+    """Products of bfloat16 tiles, summed in float32.
+
+    Attributes:
+      interpret: whether the kernel runs in the CPU simulator.
+    """
+
+    interpret: bool = False
+
+    def product(self, a: Operand, b: Operand) -> jax.Array:
+        """`a b`."""
+        if self.interpret:
+            return _dot(a, b)
+
+        def issue(acc):
+            plgpu.wgmma(acc, a, b)
+            return lax.optimization_barrier(acc[...])
+
+        return pl.run_scoped(issue, _accumulator(a, b))
+
+    def products(
+        self, first: tuple[Operand, Operand], second: tuple[Operand, Operand]
+    ) -> tuple[jax.Array, jax.Array]:
+        """Two products in flight at once."""
+        if self.interpret:
+            return _dot(*first), _dot(*second)
+
+        def issue(acc_0, acc_1):
+            plgpu.wgmma(acc_0, *first)
+            plgpu.wgmma(acc_1, *second)
+            return lax.optimization_barrier((acc_0[...], acc_1[...]))
+
+        return pl.run_scoped(issue, _accumulator(*first), _accumulator(*second))
+
+    def accumulate(self, total: jax.Array, a: Operand, b: Operand) -> jax.Array:
+        """`total + a b`; the sum never leaves its registers.
+
+        One product only: issuing a second into the same registers makes the compiler serialise
+        them, so operands are concatenated instead.
+        """
+        if self.interpret:
+            return total + _dot(a, b)
+
+        def issue(acc):
+            plgpu.wgmma(acc, a, b)
+            plgpu.wgmma_wait(0)
+
+        return lax.optimization_barrier(pl.run_state(issue)(plgpu.ACC.init(total)))
+
+
+def _accumulator(a: Operand, b: Operand):
+    return plgpu.ACC((a.shape[0], b.shape[1]), jnp.float32)
+
+
+def _dot(a: Operand, b: Operand) -> jax.Array:
+    return jnp.dot(_value(a), _value(b), preferred_element_type=jnp.float32)
+
+
+def _value(operand: Operand) -> jax.Array:
+    return operand if isinstance(operand, jax.Array) else operand[...]
