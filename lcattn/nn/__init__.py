@@ -1,5 +1,6 @@
 """Token mixers: projections around an op, with a streaming state (Flax NNX)."""
 
+from lcattn.nn.agent_attention import AgentAttention, AgentAttentionConfig, AgentState
 from lcattn.nn.attention import AttentionConfig, AttentionMixer, CachedAttention, KeyValueCache
 from lcattn.nn.core_context_attention import CoreContextAttention, CoreContextAttentionConfig
 from lcattn.nn.gated_delta_net import DeltaNetConfig, GatedDeltaNet, GatedDeltaNetConfig
@@ -27,6 +28,9 @@ from lcattn.nn.softmax_attention import SoftmaxAttention, SoftmaxAttentionConfig
 from lcattn.nn.softplus_attention import SoftplusAttention, SoftplusAttentionConfig
 
 __all__ = [
+    "AgentAttention",
+    "AgentAttentionConfig",
+    "AgentState",
     "AttentionConfig",
     "AttentionMixer",
     "CachedAttention",

@@ -9,6 +9,12 @@ with queries `[B,T,N,H]`, keys and values `[B,S,K,H]` and `N % K == 0`. Sums and
 outputs have the dtype of the inputs, and `segment_ids` means: equal to running the documents apart.
 """
 
+from lcattn.ops.agent_attention import (
+    AgentAttentionState,
+    agent_attention,
+    agent_attention_state,
+    pooled_agents,
+)
 from lcattn.ops.core_context_attention import (
     CoreContextState,
     core_context_attention,
@@ -31,10 +37,13 @@ from lcattn.ops.softmax_attention import softmax_attention
 from lcattn.ops.softplus_attention import softplus_attention
 
 __all__ = [
+    "AgentAttentionState",
     "CoreContextState",
     "FeatureMap",
     "LinearAttentionState",
     "UnsupportedImplementationError",
+    "agent_attention",
+    "agent_attention_state",
     "alibi_slopes",
     "core_context_attention",
     "core_context_attention_state",
@@ -42,6 +51,7 @@ __all__ = [
     "gated_linear_attention",
     "linear_attention",
     "linear_attention_state",
+    "pooled_agents",
     "prefix_linear_attention",
     "rotary",
     "segment_positions",

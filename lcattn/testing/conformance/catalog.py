@@ -137,6 +137,17 @@ def _convolution_case(taps: int, *, is_variant: bool = False) -> OpCase:
     )
 
 
+def _agent_case(name: str, inputs=None, **fields) -> OpCase:
+    return OpCase(
+        name="agent_attention" + name,
+        op=ops.agent_attention,
+        oracle=oracles.agent_attention,
+        inputs=_QKV | {"agents": "M N H"} | (inputs or {}),
+        sizes={"M": 3},
+        **fields,
+    )
+
+
 def _core_context_case(
     group_size: int, window: int, *, share_cores: bool = False, chunk: int | None = None, **fields
 ) -> OpCase:
@@ -208,6 +219,7 @@ OPS: tuple[OpCase, ...] = (
     _delta_case("log_decay=None", "B T K", decay=False, is_variant=True),
     _convolution_case(1, is_variant=True),
     _convolution_case(4),
+    _agent_case("", options={"chunk_size": 8}, bidirectional=True, stateful=True),
     _core_context_case(3, 5),
     _core_context_case(4, 2, is_variant=True),
     _core_context_case(3, 100, chunk=256, sizes=_FEW, is_variant=True),
@@ -240,6 +252,11 @@ def _linear_mixer(name: str, **fields) -> MixerCase:
 def _convolution_mixer(taps: int) -> MixerCase:
     config = nn.ShortConvolutionConfig(width=16, kernel_size=taps)
     return MixerCase(name=f"ShortConvolution[taps={taps}]", config=config, chunk=max(2, taps))
+
+
+def _agent_mixer(name: str, **fields) -> MixerCase:
+    config = nn.AgentAttentionConfig(width=16, num_heads=4, num_agents=3, agent_std=1.0, **fields)
+    return MixerCase(name=f"AgentAttention[{name}]", config=config)
 
 
 def _core_context_mixer(name: str, **fields) -> MixerCase:
@@ -296,6 +313,9 @@ MIXERS: tuple[MixerCase, ...] = (
     ),
     _convolution_mixer(1),
     _convolution_mixer(3),
+    _agent_mixer("causal"),
+    _agent_mixer("causal,grouped,chunk=8", num_kv_heads=2, chunk_size=8, kernel_size=None),
+    _agent_mixer("bidirectional", causal=False, kernel_size=None),
     _core_context_mixer("rope"),
     _core_context_mixer("nope,grouped", position_encoding="nope", num_kv_heads=2),
     _core_context_mixer("rope,grouped,share_cores", num_kv_heads=2, share_cores=True),

@@ -33,6 +33,25 @@ def softmax_attention(
     return out
 
 
+def agent_attention(
+    inputs: Inputs, segment_ids: np.ndarray | None, *, causal: bool = True
+) -> np.ndarray:
+    """Agents read the visible keys, the query reads the agents."""
+    q, k, v = inputs["q"], inputs["k"], inputs["v"]
+    root = np.sqrt(q.shape[-1])
+    out = np.zeros((*q.shape[:3], v.shape[-1]))
+    for b, t, n, head, seen in _queries(q, k, segment_ids, causal):
+        agents = inputs["agents"][:, n]
+        key_bias = inputs.get("key_bias", np.zeros((n + 1, len(agents), k.shape[1])))[n]
+        query_bias = inputs.get("query_bias", np.zeros((n + 1, q.shape[1], len(agents))))[n, t]
+        read = [
+            _softmax(k[b, seen, head] @ agent / root + bias[seen]) @ v[b, seen, head]
+            for agent, bias in zip(agents, key_bias, strict=True)
+        ]
+        out[b, t, n] = _softmax(agents @ q[b, t, n] / root + query_bias) @ np.array(read)
+    return out
+
+
 def core_context_attention(
     inputs: Inputs,
     segment_ids: np.ndarray | None,
