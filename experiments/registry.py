@@ -10,14 +10,18 @@ from lcattn import models, nn, tasks, training
 
 CONFIGURABLES = (
     models.LMConfig,
+    nn.AgentAttentionConfig,
+    nn.CoreContextAttentionConfig,
     nn.DeltaNetConfig,
     nn.GatedDeltaNetConfig,
     nn.GatedLinearAttentionConfig,
     nn.LinearAttentionConfig,
     nn.PrefixLinearAttentionConfig,
     nn.RetentionConfig,
+    nn.SelectiveAttentionConfig,
     nn.ShortConvolutionConfig,
     nn.SoftmaxAttentionConfig,
+    nn.SoftplusAttentionConfig,
     tasks.CorpusConfig,
     tasks.DataConfig,
     tasks.MQARConfig,

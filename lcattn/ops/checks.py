@@ -122,10 +122,10 @@ def resolve_scale(scale: float | None, size: int) -> float:
 
 def check_room(new: int, slots: int, length: Array) -> None:
     """Raises where new tokens do not fit behind the `length` that a state of `slots` holds."""
-    if new > slots:
-        raise argument_error("x", f"at most max_length={slots} tokens", new)
     if not isinstance(length, jax.core.Tracer) and int(length) + new > slots:
         raise argument_error("state", f"room for {int(length) + new} tokens", f"max_length={slots}")
+    if new > slots:
+        raise argument_error("x", f"at most max_length={slots} tokens", new)
 
 
 def accumulation_dtype(dtype: jnp.dtype) -> jnp.dtype:

@@ -187,7 +187,7 @@ def test_bad_options(options, message):
 def test_states_that_do_not_fit():
     q, k, v = _draw()
     state = ops.core_context_attention_state(1, 16, 2, 2, 4, 4, group_size=3, window=4)
-    with pytest.raises(ValueError, match="at most max_length=16 tokens"):
+    with pytest.raises(ValueError, match="state: expected room for 17 tokens, got max_length=16"):
         attend(q, k, v, group_size=3, window=4, initial_state=state)
     with pytest.raises(ValueError, match=r"initial_state\.k: expected shape"):
         attend(q[:, :4], k[:, :4], v[:, :4], group_size=3, window=5, initial_state=state)
