@@ -14,7 +14,7 @@ demo: $(INSTALLED)
 	$(BIN)/python -m experiments.demo --gin_file=configs/demo.gin --run_dir=runs/demo
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -n $(WORKERS) --dist=worksteal
+	$(BIN)/python -m pytest -n $(WORKERS) --dist=loadgroup
 	JAX_PLATFORMS=cpu JAX_COMPILATION_CACHE_DIR=$(CURDIR)/.cache/jax $(BIN)/python -m pytest --nbmake colab
 
 lint: $(INSTALLED)

@@ -1,6 +1,5 @@
 """Eight CPU devices, one compilation cache, and a switch for the jaxtyping hook."""
 
-import itertools
 import os
 from pathlib import Path
 
@@ -18,12 +17,27 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "0")
 
+import gc  # noqa: E402
+
 import jax  # noqa: E402
 import jaxtyping  # noqa: E402
 import pytest  # noqa: E402
 
-_TESTS_BETWEEN_CLEARINGS = 100
-_tests_done = itertools.count(1)
+MAPS = Path("/proc/self/maps")
+MOST_MAPS = 20_000
+
+
+@pytest.fixture(autouse=True)
+def drop_programs():
+    """Forgets compiled programs once they are many.
+
+    Each holds some twenty memory maps. Linux gives a process 65,530 of them, and past that XLA ends
+    in a segmentation fault.
+    """
+    yield
+    if MAPS.exists() and MAPS.read_bytes().count(b"\n") > MOST_MAPS:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture
@@ -32,12 +46,3 @@ def no_type_hook():
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
-
-
-def pytest_runtest_teardown():
-    """Drops compiled programs now and then.
-
-    Each keeps dozens of memory maps; Linux allows a process 65,530 of them, beyond which XLA dies.
-    """
-    if next(_tests_done) % _TESTS_BETWEEN_CLEARINGS == 0:
-        jax.clear_caches()

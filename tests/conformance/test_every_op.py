@@ -5,7 +5,12 @@ import pytest
 from lcattn.testing import conformance
 from lcattn.testing.conformance.catalog import OPS
 
-CHECKS = [pytest.param(check, id=name) for op in OPS for name, check in conformance.op_checks(op)]
+# Checks of a case share compiled programs, so one worker runs them all.
+CHECKS = [
+    pytest.param(check, id=name, marks=pytest.mark.xdist_group(op.name))
+    for op in OPS
+    for name, check in conformance.op_checks(op)
+]
 
 
 @pytest.mark.parametrize("check", CHECKS)
