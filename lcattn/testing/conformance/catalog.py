@@ -164,6 +164,21 @@ def _core_context_case(
     )
 
 
+def _routing_case(strict: bool, **fields) -> OpCase:
+    options = {"cluster_size": 4, "strict": strict}
+    return OpCase(
+        name=f"routing_attention[{'strict' if strict else 'published'}]",
+        op=ops.routing_attention,
+        oracle=functools.partial(oracles.routing_attention, **options),
+        inputs={"q": "B T N F", "v": "B T K H", "centroids": "N C F"},
+        sizes={"C": 3, "F": 8},
+        options=options,
+        is_causal=strict,
+        bidirectional=not strict,
+        **fields,
+    )
+
+
 def _temperatures(rng, shape):
     return rng.uniform(0.2, 3, shape)
 
@@ -224,6 +239,8 @@ OPS: tuple[OpCase, ...] = (
     _core_context_case(4, 2, is_variant=True),
     _core_context_case(3, 100, chunk=256, sizes=_FEW, is_variant=True),
     _core_context_case(3, 5, share_cores=True, is_variant=True),
+    _routing_case(strict=True),
+    _routing_case(strict=False),
     OpCase(
         name="selective_attention",
         op=ops.selective_attention,
