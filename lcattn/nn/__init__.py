@@ -9,9 +9,10 @@ from lcattn.nn.gated_linear_attention import (
     GatedLinearAttentionConfig,
     RetentionConfig,
 )
+from lcattn.nn.heads import HeadsConfig, HeadsMixer
 from lcattn.nn.layers import SwiGLU
 from lcattn.nn.linear_attention import LinearAttention, LinearAttentionConfig
-from lcattn.nn.mixer import HeadsConfig, Mixer, MixerConfig
+from lcattn.nn.mixer import Mixer, MixerConfig
 from lcattn.nn.prefix_linear_attention import (
     PrefixLinearAttention,
     PrefixLinearAttentionConfig,
@@ -43,6 +44,7 @@ __all__ = [
     "GatedLinearAttention",
     "GatedLinearAttentionConfig",
     "HeadsConfig",
+    "HeadsMixer",
     "KeyValueCache",
     "LinearAttention",
     "LinearAttentionConfig",
