@@ -33,9 +33,7 @@ class Sizes:
         return self.N // self.K
 
 
-def check_heads(
-    q: Array, k: Array | None, v: Array, segment_ids: Array | None = None
-) -> Sizes:
+def check_heads(q: Array, k: Array | None, v: Array, segment_ids: Array | None = None) -> Sizes:
     """Checks queries `[B,T,N,F]`, keys `[B,S,K,F]` and values `[B,S,K,H]` against each other.
 
     Where `k` is None the queries are the keys, and T = S.

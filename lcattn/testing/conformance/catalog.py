@@ -281,6 +281,13 @@ def _core_context_mixer(name: str, **fields) -> MixerCase:
     return MixerCase(name=f"CoreContextAttention[{name}]", config=config)
 
 
+def _routing_mixer(name: str, **fields) -> MixerCase:
+    config = nn.RoutingAttentionConfig(
+        width=16, num_heads=4, num_clusters=3, cluster_size=4, window=5, **fields
+    )
+    return MixerCase(name=f"RoutingAttention[{name}]", config=config)
+
+
 def _selective_mixer(name: str, **fields) -> MixerCase:
     config = nn.SelectiveAttentionConfig(
         width=16, num_heads=4, gate_init="xavier", position_init=0.3, **fields
@@ -336,6 +343,10 @@ MIXERS: tuple[MixerCase, ...] = (
     _core_context_mixer("rope"),
     _core_context_mixer("nope,grouped", position_encoding="nope", num_kv_heads=2),
     _core_context_mixer("rope,grouped,share_cores", num_kv_heads=2, share_cores=True),
+    _routing_mixer("strict,grouped", num_kv_heads=2),
+    _routing_mixer(
+        "published,nope,no local heads", strict=False, position_encoding="nope", num_local_heads=0
+    ),
     _selective_mixer("raw"),
     _selective_mixer(
         "sigmoid,layer,grouped,window=8",
