@@ -24,7 +24,7 @@ class Centroids(NamedTuple):
 
 
 class Tally(NamedTuple):
-    """What came to each cluster in one batch: the number of vectors `[N,C]`, their sum `[N,C,F]`."""
+    """What came to each cluster in one batch: the number of vectors, and their sum."""
 
     count: Float[Array, "N C"]
     total: Float[Array, "N C F"]
