@@ -219,11 +219,12 @@ class RoutingAttention(Mixer):
         heads, routing = self._attend(
             x, q, stream_positions(x, length), initial_state=state.routing, return_state=True
         )
-        mixed = self.out(merge_heads(heads))
-        if self.local is None:
-            return mixed, RoutingState(routing, None)
-        near, local = self.local.extend(x, state.local)
-        return mixed + near, RoutingState(routing, local)
+        mixed, local = self.out(merge_heads(heads)), None
+        if self.local is not None:
+            assert state.local is not None
+            near, local = self.local.extend(x, state.local)
+            mixed += near
+        return mixed, RoutingState(routing, local)
 
     def _attend(self, x: Hidden, q: Array, positions: Positions, **options: Any) -> Any:
         config = self.config

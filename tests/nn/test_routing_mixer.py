@@ -77,6 +77,15 @@ def test_fitted_centroids_are_used():
     assert np.abs(mixer(x) - before).max() > 1e-3
 
 
+def test_routing_heads_stream_without_local_heads():
+    mixer, x = _make(num_local_heads=0), _input()
+    first, state = mixer.extend(x[:, :-1], mixer.init_state(2, T))
+    last, state = mixer.extend(x[:, -1:], state)
+    assert state.local is None
+    streamed = jnp.concatenate([first, last], axis=1)
+    np.testing.assert_allclose(streamed, mixer(x), rtol=1e-4, atol=1e-5)
+
+
 def test_state_does_not_grow():
     mixer = _make()
     assert mixer.state_bytes(10) == mixer.state_bytes(10_000)

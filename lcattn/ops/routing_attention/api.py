@@ -10,6 +10,7 @@ from lcattn.ops.routing_attention.state import (
     check_state,
     extend,
     routing_attention_state,
+    step,
 )
 from lcattn.ops.softmax_attention import chunked, dense
 from lcattn.ops.visibility import Visibility
@@ -62,7 +63,7 @@ def routing_attention(
 
     Time O(T·C·F + T·w·H) and a sort of T tokens, for each cluster as published, once for each head
     if strict: O(T^1.5) at C = T / w = sqrt(T). Memory O(T·H + T·C) in both passes. The strict state
-    holds C·(w - 1) keys and values a head, whatever the length.
+    holds C·(w - 1) keys and values a head, whatever the length; a step reads one cluster of them.
 
     Source: Roy et al. 2020, "Efficient Content-Based Sparse Attention with Routing Transformers"
     (arXiv 2003.05997). What differs from published code, and why:
@@ -135,7 +136,7 @@ def routing_attention(
             sizes.B, sizes.N, num_clusters, cluster_size, sizes.F, sizes.H, dtype=q.dtype
         )
     check_state(initial_state, sizes, num_clusters=num_clusters, cluster_size=cluster_size)
-    new = extend(initial_state, x, v, clusters.nearest(affinity))
+    new = (step if sizes.T == 1 else extend)(initial_state, x, v, clusters.nearest(affinity))
     out = attend(lists.gather(x, new.index), new.k, new.v, new.seen, scale)
     out = lists.scatter(out, new.index, sizes.T).astype(q.dtype)
     return (out, new.state) if return_state else out

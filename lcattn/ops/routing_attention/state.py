@@ -88,6 +88,38 @@ class Extended(NamedTuple):
     state: RoutingAttentionState
 
 
+def step(
+    state: RoutingAttentionState,
+    k: Float[Array, "B 1 N F"],
+    v: Float[Array, "B 1 K H"],
+    clusters: Int[Array, "B N 1"],
+) -> Extended:
+    """What `extend` gives for one new token, at the cost of its own cluster rather than of all."""
+    B, N, _, R, _ = state.k.shape
+    own = clusters[:, :, 0]
+
+    def of_own(x: Array) -> Array:
+        return jax.vmap(jax.vmap(lambda row, at: row[at]))(x, own)
+
+    def put(x: Array, new: Array) -> Array:
+        return jax.vmap(jax.vmap(lambda row, at, values: row.at[at].set(values)))(x, own, new)
+
+    v = jnp.repeat(v, N // v.shape[2], axis=2)
+    keys, values = (
+        jnp.concatenate([of_own(old), new.swapaxes(1, 2).astype(old.dtype)], axis=2)
+        for old, new in ((state.k, k), (state.v, v))
+    )
+    count = of_own(state.count)
+    after = RoutingAttentionState(
+        put(state.k, keys[:, :, 1:]), put(state.v, values[:, :, 1:]), put(state.count, count + 1)
+    )
+    begin = jnp.broadcast_to(jnp.arange(R + 1, dtype=jnp.int32), (B * N, R + 1))
+    is_used = begin >= R - count.reshape(-1, 1)
+    seen = Visibility(begin[:, R:], begin, jnp.where(is_used, R + 1, begin))
+    keys, values = (x.reshape(B * N, R + 1, 1, -1).astype(k.dtype) for x in (keys, values))
+    return Extended(jnp.zeros_like(clusters)[:, :, None], keys, values, seen, after)
+
+
 def extend(
     state: RoutingAttentionState,
     k: Float[Array, "B T N F"],
