@@ -23,7 +23,7 @@ def routing_attention(
     centroids: Float[Array, "N C F"],
     *,
     cluster_size: int,
-    strict: bool = True,
+    strict: bool | None = None,
     causal: bool = True,
     segment_ids: SegmentIds | None = None,
     scale: float | None = None,
@@ -53,9 +53,9 @@ def routing_attention(
     largest a_ct, and members see the members before them; a token is in none, one or many
     clusters, and gets the mean of what it hears in each, or zeros::
 
-        affinity   t=0   1   2   3       w=2      strict: the largest a column
-        cluster 0  (.9)  .1 (.8) .3               clusters of 0..3: 0 1 0 1, each sees
-        cluster 1   .2  (.7) .1 (.6)              the last two of its own
+        affinity    t=0   1   2   3     w=2        as published, the largest of each row
+        cluster 0   (.9) .1 (.8) .3                strict: of each column, clusters 0 1 0 1
+        cluster 1    .2 (.7) .1 (.6)               (alike here, where clusters are balanced)
 
     Whether token t is among the w nearest depends on tokens after it. No later *value* is read,
     but which earlier ones are depends on the future: a model trained so is not autoregressive,
@@ -86,8 +86,8 @@ def routing_attention(
       centroids: `[N,C,F]`; used as they are, without a gradient. `nn.RoutingAttention` lets them
         follow the tokens.
       cluster_size: w.
-      strict: see above.
-      causal: False: members see all members. Needs `strict=False`.
+      strict: see above. Default: yes where causal.
+      causal: False: members of a cluster see all of its members; not strict.
       segment_ids: document of each token `[B,T]`, for packed rows. As published, each document
         sends its own w tokens to each cluster.
       scale: factor of the scores; default `F ** -0.5`.
@@ -110,6 +110,7 @@ def routing_attention(
     checks.check_shape("centroids", centroids, (sizes.N, num_clusters, sizes.F), "[N,C,F]")
     checks.check_size("cluster_size", cluster_size)
     scale = checks.resolve_scale(scale, sizes.F)
+    strict = causal if strict is None else strict
     is_streamed = initial_state is not None or return_state
     if strict and not causal:
         raise argument_error("strict", "False where causal is False", strict)
