@@ -310,7 +310,9 @@ def _gated_mixer(name: str, kind=nn.GatedLinearAttentionConfig, **fields) -> Mix
 
 def _delta_mixer(name: str, kind=nn.GatedDeltaNetConfig, **fields) -> MixerCase:
     config = kind(width=16, num_heads=4, chunk_size=8, **fields)
-    return MixerCase(name=f"GatedDeltaNet[{name}]", config=config)
+    # A write depends on all before it, so roundings of keys and strengths add up: over 12 draws of
+    # parameters bfloat16 came within 0.014 to 0.051 of float32 (gated linear attention: 0.015).
+    return MixerCase(name=f"GatedDeltaNet[{name}]", config=config, low_precision_tolerance=6e-2)
 
 
 def _variant(case: MixerCase) -> MixerCase:
