@@ -37,6 +37,7 @@ CONFIGURABLES = (
     benchmarks.GatedDeltaRuleBenchmark,
     benchmarks.GatedLinearAttentionBenchmark,
     benchmarks.LinearAttentionBenchmark,
+    benchmarks.MechanismsBenchmark,
     benchmarks.ShortConvolutionBenchmark,
     benchmarks.SoftmaxAttentionBenchmark,
 )
