@@ -9,6 +9,7 @@ import numpy as np
 
 from lcattn import nn, ops
 from lcattn.nn.layers import unit_norm
+from lcattn.ops.hyper_attention import draws
 from lcattn.testing.conformance import oracles
 from lcattn.testing.conformance.cases import MixerCase, OpCase
 
@@ -164,6 +165,29 @@ def _core_context_case(
     )
 
 
+_HYPER = {"block_size": 4, "min_seq_len": 8}
+_SAMPLES = 3
+
+
+@functools.cache
+def _planes(size: int) -> np.ndarray:
+    return np.random.default_rng(size).standard_normal((size, 3)).astype(np.float32)
+
+
+@functools.cache
+def _sample(seed: float, draw_id: int, population: int) -> np.ndarray:
+    drawn = draws.sample(jax.random.key(int(seed)), draw_id, population, _SAMPLES)
+    return np.asarray(drawn)
+
+
+def _seeded_hyper_attention(q, k, v, seeds, **options):
+    """With a key for each row and head, which a mesh then spreads as it does queries."""
+    keys = jax.vmap(jax.vmap(jax.random.key))(seeds.astype(jnp.int32))
+    return ops.hyper_attention(
+        q, k, v, jnp.asarray(_planes(q.shape[-1])), rng=keys, sample_size=_SAMPLES, **options
+    )
+
+
 def _temperatures(rng, shape):
     return rng.uniform(0.2, 3, shape)
 
@@ -224,6 +248,17 @@ OPS: tuple[OpCase, ...] = (
     _core_context_case(4, 2, is_variant=True),
     _core_context_case(3, 100, chunk=256, sizes=_FEW, is_variant=True),
     _core_context_case(3, 5, share_cores=True, is_variant=True),
+    OpCase(
+        name="hyper_attention",
+        op=_seeded_hyper_attention,
+        oracle=functools.partial(
+            oracles.hyper_attention, planes=_planes, sample=_sample, **_HYPER
+        ),
+        inputs=_QKV | {"seeds": "B N"},
+        draw={"seeds": lambda rng, shape: rng.integers(0, 100, shape) + 0.5},
+        options=_HYPER,
+        bidirectional=True,
+    ),
     OpCase(
         name="selective_attention",
         op=ops.selective_attention,
