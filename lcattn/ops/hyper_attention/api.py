@@ -7,7 +7,6 @@ import jax.numpy as jnp
 
 from lcattn.errors import argument_error
 from lcattn.ops import blocks, checks, dispatch
-from lcattn.ops.checks import Sizes
 from lcattn.ops.hyper_attention import blockwise, dense
 from lcattn.ops.hyper_attention.draws import Draws, draw
 from lcattn.ops.hyper_attention.groups import Bounds, Groups, causal_groups, document_groups
@@ -119,7 +118,7 @@ def hyper_attention(
     if causal and sizes.T != sizes.S:
         raise argument_error("q", f"T={sizes.S} queries, as many as keys, when causal", sizes.T)
     run = dispatch.choose("hyper_attention", implementation)
-    if sizes.S <= min_seq_len:
+    if min_seq_len >= sizes.S:
         return softmax_attention(
             q, k, v, causal=causal, segment_ids=segment_ids, scale=scale, return_lse=return_lse,
             implementation=implementation,

@@ -129,7 +129,7 @@ def _gather(blocks, samples, block, group) -> tuple[Array, Array]:
     return k, v
 
 
-def _scores(options, q, k, plan, key_exists, block, group) -> Float[Array, "R c b+m"]:
+def _scores(options, q, k, plan, key_exists, block, group) -> Float[Array, "R c reads"]:
     """With the log of how many keys each one stands for: none, itself alone, or S/m."""
     x = options.scale * _product("rcf,rsf->rcs", q, k, accumulation_dtype(q.dtype))
     own = jnp.where(key_exists[block], 0, -jnp.inf)

@@ -15,7 +15,7 @@ def reference(
 ) -> tuple[Array, Array]:
     """The formula of the docstring, term by term; materialises T·S scores."""
     del rest
-    (B, T, N, _), K = q.shape, k.shape[2]
+    N, K = q.shape[2], k.shape[2]
     dtype = accumulation_dtype(q.dtype)
     k, v = (jnp.repeat(x, N // K, axis=2) for x in (k, v))
     scores = scale * jnp.einsum("btnh,bsnh->bnts", q, k, preferred_element_type=dtype)
@@ -29,7 +29,7 @@ def reference(
 def masked_softmax(
     scores: Float[Array, "*rows S"], seen: Bool[Array, "*#rows S"]
 ) -> tuple[Float[Array, "*rows S"], Float[Array, "*rows"]]:
-    """Probabilities of the seen keys, and the log of their denominator; 0 and -inf if there are none."""
+    """Probabilities of the seen keys, and the log of their denominator; 0 and -inf if none is."""
     highest = jnp.max(scores, axis=-1, keepdims=True, where=seen, initial=-jnp.inf)
     highest = jax.lax.stop_gradient(jnp.where(jnp.isfinite(highest), highest, 0))
     # Hidden scores are replaced before exp, so that no inf enters the gradient. A fused

@@ -299,6 +299,14 @@ def _core_context_mixer(name: str, **fields) -> MixerCase:
     return MixerCase(name=f"CoreContextAttention[{name}]", config=config)
 
 
+def _hyper_mixer(name: str, **fields) -> MixerCase:
+    config = nn.HyperAttentionConfig(
+        width=16, num_heads=4, num_projections=3, block_size=4, sample_size=3, min_seq_len=8,
+        **fields,
+    )  # fmt: skip
+    return MixerCase(name=f"HyperAttention[{name}]", config=config)
+
+
 def _selective_mixer(name: str, **fields) -> MixerCase:
     config = nn.SelectiveAttentionConfig(
         width=16, num_heads=4, gate_init="xavier", position_init=0.3, **fields
@@ -354,6 +362,7 @@ MIXERS: tuple[MixerCase, ...] = (
     _core_context_mixer("rope"),
     _core_context_mixer("nope,grouped", position_encoding="nope", num_kv_heads=2),
     _core_context_mixer("rope,grouped,share_cores", num_kv_heads=2, share_cores=True),
+    _hyper_mixer("strict,grouped", num_kv_heads=2),
     _selective_mixer("raw"),
     _selective_mixer(
         "sigmoid,layer,grouped,window=8",
