@@ -267,7 +267,8 @@ def _estimate(times, query_rank, key_rank, reading, read, drawn, block_size, str
 
 def _gray_ranks(x: np.ndarray, planes: np.ndarray) -> list[int]:
     sequence = [t ^ (t >> 1) for t in range(2 ** planes.shape[1])]
-    return [sequence.index(sum(2**i for i in np.flatnonzero(row))) for row in x @ planes > 0]
+    codes = (x @ planes > 0) @ 2 ** np.arange(planes.shape[1])
+    return [sequence.index(code) for code in codes.tolist()]
 
 
 def _softmax(x: np.ndarray) -> np.ndarray:
