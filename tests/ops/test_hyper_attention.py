@@ -262,7 +262,7 @@ def test_tokens_that_are_all_alike():
         ({"rng": jax.random.split(KEY, 3)}, r"rng: expected shape \[\] or \[B,N\] = \(1, 2\)"),
         ({"rng": jax.random.split(KEY, (1, 2))}, "planes: expected .* rng has a key a head"),
         ({"planes": jnp.zeros((5, 3))}, r"planes: expected \[F=4,r\], got shape \(5, 3\)"),
-        ({"planes": jnp.zeros((4, 7))}, "num_projections: expected None or 7, got 3"),
+        ({"rng": 3}, "rng: expected a JAX key, got 3"),
         ({"num_projections": 0}, "num_projections: expected a whole number of at least 1"),
         ({"num_projections": 17}, "num_projections: expected at most 16 here, got 17"),
         ({"block_size": 0}, "block_size: expected a whole number of at least 1, got 0"),

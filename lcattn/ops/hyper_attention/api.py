@@ -28,7 +28,7 @@ def hyper_attention(
     segment_ids: SegmentIds | None = None,
     scale: float | None = None,
     rng: PRNGKeyArray | Key[Array, "B N"] | None = None,
-    num_projections: int | None = None,
+    num_projections: int = 7,
     block_size: int = 256,
     sample_size: int = 256,
     min_seq_len: int = 4096,
@@ -91,7 +91,7 @@ def hyper_attention(
       rng: a JAX key; needed where a row is longer than `min_seq_len`. Or a key for each row and
         query head `[B,N]`, with `planes`: under `shard_map`, say, where each shard counts its rows
         and heads anew.
-      num_projections: r, from 1 to 16; 7 as published, or what `planes` say.
+      num_projections: r of the planes that are drawn, from 1 to 16; 7 as published.
       block_size: b, at most `min_seq_len`; 256 as published.
       sample_size: m; 256 as published.
       min_seq_len: s, the most tokens that are exact; 4096 as published.

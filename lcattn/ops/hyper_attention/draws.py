@@ -18,9 +18,7 @@ class Draws(NamedTuple):
     keys: Key[Array, "B N"]
 
 
-def draw(
-    rng: Array | None, planes: Array | None, *, sizes: Sizes, num_projections: int | None
-) -> Draws:
+def draw(rng: Array | None, planes: Array | None, *, sizes: Sizes, num_projections: int) -> Draws:
     """Checks what is given and draws what is not.
 
     Raises:
@@ -28,17 +26,15 @@ def draw(
     """
     if rng is None:
         raise argument_error("rng", "a JAX key, since some row may exceed min_seq_len", None)
+    if not isinstance(rng, jax.Array):
+        raise argument_error("rng", "a JAX key", repr(rng))
     if not jnp.issubdtype(rng.dtype, jax.dtypes.prng_key):
         if rng.dtype != jnp.uint32 or rng.shape[-1:] != (2,):
             raise argument_error("rng", "a JAX key", f"{rng.dtype}{list(rng.shape)}")
         rng = jax.random.wrap_key_data(rng)
-    if num_projections is not None:
-        checks.check_size("num_projections", num_projections)
-    if planes is not None:
-        if planes.ndim != 2 or planes.shape[0] != sizes.F or planes.shape[1] == 0:
-            raise argument_error("planes", f"[F={sizes.F},r]", f"shape {planes.shape}")
-        if num_projections not in (None, planes.shape[1]):
-            raise argument_error("num_projections", f"None or {planes.shape[1]}", num_projections)
+    checks.check_size("num_projections", num_projections)
+    if planes is not None and (planes.ndim != 2 or planes.shape[0] != sizes.F or not planes.size):
+        raise argument_error("planes", f"[F={sizes.F},r]", f"shape {planes.shape}")
     if rng.ndim:
         checks.check_shape("rng", rng, (sizes.B, sizes.N), "[] or [B,N]")
         if planes is None:
@@ -46,7 +42,7 @@ def draw(
         return Draws(planes, rng)
     plane_rng, rng = jax.random.split(rng)
     if planes is None:
-        planes = jax.random.normal(plane_rng, (sizes.F, num_projections or 7), jnp.float32)
+        planes = jax.random.normal(plane_rng, (sizes.F, num_projections), jnp.float32)
     # Row first, then head: a row's draws do not depend on how many others there are.
     rows = _fold(rng, sizes.B)
     return Draws(planes, jax.vmap(lambda row: _fold(row, sizes.N))(rows))
