@@ -252,7 +252,8 @@ def _cells(row: Mapping[str, Any], growth: Mapping[tuple[str, int], float]) -> l
     ms, temporary = row["ms"], row["temp_bytes"]
     return [
         name, length, ms["median"], f"{show(ms['min'])}–{show(ms['max'])}", row["device_ms"],
-        growth.get((name, length)), row["tflops"] or None, row["gbps"], f"{100 * row['floor_share']:.3g} %",
+        growth.get((name, length)), row["tflops"] or None, row["gbps"],
+        f"{100 * row['floor_share']:.3g} %",
         None if temporary is None else show_bytes(temporary), row.get("error"), row["status"],
     ]  # fmt: skip
 
@@ -287,9 +288,9 @@ def beside(rows: list[dict[str, Any]], baselines: Sequence[str]) -> Table:
         row, cells = found[name, length, kind], [name, kind, length]
         for baseline in baselines:
             other = found.get((baseline, length, kind), {})
-            timed = "ms" in row and "ms" in other
-            cells += [_time(row) / _time(other) if timed else None]
-            cells += [row["temp_bytes"] / other["temp_bytes"] if timed else None]
+            for figure in (_time, _memory):
+                ours, theirs = figure(row), figure(other)
+                cells.append(ours / theirs if ours and theirs else None)
         table.append(cells)
     header = ["implementation", "pass", "T"]
     header += [f"{what} / {name}" for name in baselines for what in ("time", "memory")]

@@ -15,6 +15,7 @@ CONFIGURABLES = (
     nn.DeltaNetConfig,
     nn.GatedDeltaNetConfig,
     nn.GatedLinearAttentionConfig,
+    nn.HyperAttentionConfig,
     nn.LinearAttentionConfig,
     nn.PrefixLinearAttentionConfig,
     nn.RetentionConfig,

@@ -74,7 +74,9 @@ class MechanismsBenchmark(OpBenchmark):
 
     @override
     def reference(self, inputs: Inputs) -> Any:
-        return ops.softmax_attention(**inputs, implementation="reference")
+        return ops.softmax_attention(
+            inputs["q"], inputs["k"], inputs["v"], implementation="reference"
+        )
 
     @override
     def implementations(self) -> Mapping[str, Implementation]:
@@ -94,7 +96,7 @@ class MechanismsBenchmark(OpBenchmark):
         count = self.batch_size * length * self.num_heads * self.head_dim
         return Cost(0.0, self.element_bytes(4 * count))
 
-    def _mechanisms(self) -> dict[str, Callable[..., jax.Array]]:
+    def _mechanisms(self) -> dict[str, Callable[..., Any]]:
         """Functions of `implementation=None` and keywords q, k, v."""
         N, H = self.num_heads, self.head_dim
 
@@ -142,6 +144,13 @@ class MechanismsBenchmark(OpBenchmark):
                 implementation=implementation,
             )  # fmt: skip
 
+        def hyper(implementation=None, *, q, k, v):
+            return ops.hyper_attention(
+                q, k, v, rng=jax.random.key(0), block_size=self.block_size,
+                sample_size=self.sample_size, min_seq_len=self.min_seq_len,
+                implementation=implementation,
+            )  # fmt: skip
+
         return {
             "linear (Taylor)": linear,
             "gated linear": gated_linear,
@@ -151,4 +160,5 @@ class MechanismsBenchmark(OpBenchmark):
             "softplus (LSSAR)": softplus,
             "core context": core_context,
             "routing": routing,
+            "hyper": hyper,
         }
