@@ -30,6 +30,12 @@ from lcattn.ops.linear_attention import (
     linear_attention_state,
     prefix_linear_attention,
 )
+from lcattn.ops.neural_memory import (
+    NeuralMemoryState,
+    neural_memory,
+    neural_memory_state,
+    recall,
+)
 from lcattn.ops.positions import alibi_slopes, rotary, segment_positions
 from lcattn.ops.selective_attention import selective_attention
 from lcattn.ops.short_convolution import short_convolution
@@ -41,6 +47,7 @@ __all__ = [
     "CoreContextState",
     "FeatureMap",
     "LinearAttentionState",
+    "NeuralMemoryState",
     "UnsupportedImplementationError",
     "agent_attention",
     "agent_attention_state",
@@ -51,8 +58,11 @@ __all__ = [
     "gated_linear_attention",
     "linear_attention",
     "linear_attention_state",
+    "neural_memory",
+    "neural_memory_state",
     "pooled_agents",
     "prefix_linear_attention",
+    "recall",
     "rotary",
     "segment_positions",
     "selective_attention",

@@ -1,0 +1,166 @@
+"""The form that runs anywhere: chunk by chunk, in matrix products over the tokens of each."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from lcattn.ops.chunks import cut, einsum, paste
+from lcattn.ops.neural_memory.coefficients import Coefficients, coefficients
+from lcattn.ops.neural_memory.network import Surprise, Weights, surprise
+from lcattn.ops.neural_memory.state import NeuralMemoryState
+from lcattn.ops.neural_memory.windows import Windows, lay_out
+from lcattn.typing import Array
+
+
+class Tokens(NamedTuple):
+    """Queries `[B,T,M,G,F]`, keys `[B,T,M,F]`, values `[B,T,M,H]` and gates `[B,T,M]`."""
+
+    q: Array
+    k: Array
+    v: Array
+    learning_rate: Array
+    momentum: Array
+    decay: Array
+
+
+class Memory(NamedTuple):
+    """Weights and momentum of each layer, `[B,M,in,out]`."""
+
+    weights: Weights
+    momentum: Weights
+
+
+def attend(
+    tokens: Tokens,
+    state: NeuralMemoryState,
+    fresh: NeuralMemoryState,
+    *,
+    segment_ids: Array | None,
+    chunk: int,
+    activate: Callable[[Array], Array],
+    needs_state: bool,
+) -> tuple[Array, NeuralMemoryState | None]:
+    """Outputs `[B,T,M,G,H]` and, where it is needed, the state after the last token.
+
+    `state` is what the first document of each row continues, `fresh` what the others start with.
+    """
+    if not needs_state and segment_ids is None:
+        return _aligned(tokens, Memory(fresh.weights, fresh.momentum), chunk, activate), None
+    windows = lay_out(segment_ids, state.position, tokens.q.shape[1], chunk)
+    return _windowed(tokens, state, fresh, windows, activate)
+
+
+def _aligned(
+    tokens: Tokens, memory: Memory, chunk: int, activate: Callable[[Array], Array]
+) -> Array:
+    """Whole sequences from their start: chunks are consecutive tokens, and nothing is masked."""
+    chunk = min(chunk, tokens.q.shape[1])
+    q, k, v, *gates = _chunks(tokens, chunk)
+
+    @jax.checkpoint  # keep the memory before each chunk, and the inputs
+    def step(memory, window):
+        q, k, v, coefs = window
+        return _advance(memory, memory.weights, q, k, v, coefs, activate)
+
+    _, out = lax.scan(step, memory, (q, k, v, jax.checkpoint(coefficients)(*gates)))
+    return paste(out, tokens.q.shape[1])
+
+
+def _windowed(
+    tokens: Tokens,
+    state: NeuralMemoryState,
+    fresh: NeuralMemoryState,
+    windows: Windows,
+    activate: Callable[[Array], Array],
+) -> tuple[Array, NeuralMemoryState]:
+    """Streams and packed documents: each chunk in a window of slots, some of them empty."""
+    q, k, v, *gates = _chunks(Tokens(*map(windows.gather, tokens)), windows.used.shape[-1])
+    used, first = windows.used[:, :, None], windows.first[:, :, None]
+    coefs = jax.checkpoint(coefficients)(*gates, used=used, first=first)
+
+    @jax.checkpoint
+    def step(carry, window):
+        memory, anchor = carry
+        q, k, v, coefs, starts_document, starts_chunk = window
+        memory = _select(starts_document, Memory(fresh.weights, fresh.momentum), memory)
+        anchor = _select(starts_chunk, memory.weights, anchor)
+        memory, out = _advance(memory, anchor, q, k, v, coefs, activate)
+        return (memory, anchor), out
+
+    start = (Memory(state.weights, state.momentum), state.anchor)
+    window = (q, k, v, coefs, windows.starts_document, windows.starts_chunk)
+    (memory, anchor), out = lax.scan(step, start, window)
+    anchor = _select(windows.position == 0, memory.weights, anchor)
+    out = windows.scatter(paste(out, windows.tokens.shape[1]))
+    return out, NeuralMemoryState(*memory, anchor, windows.position)
+
+
+def _advance(
+    memory: Memory,
+    anchor: Weights,
+    q: Array,
+    k: Array,
+    v: Array,
+    coefs: Coefficients,
+    activate: Callable[[Array], Array],
+) -> tuple[Memory, Array]:
+    """One chunk: its outputs, and the memory after it."""
+    gradients = surprise(k, v, anchor, activate)
+    out = _read(q, memory, gradients, coefs, activate)
+    return _write(memory, gradients, coefs, like=k), out
+
+
+def _read(
+    q: Array,
+    memory: Memory,
+    gradients: Surprise,
+    coefs: Coefficients,
+    activate: Callable[[Array], Array],
+) -> Array:
+    """Every query `[B,M,G,C,F]` through the weights at its own token, which are never formed."""
+    kept, carried = (x[:, :, None, :, None] for x in (coefs.kept, coefs.carried))
+    written = coefs.written[:, :, None]
+    x = q
+    for layer, parts in enumerate(zip(*memory, *gradients, strict=True)):
+        weights, momentum, inputs, errors = parts
+        if layer:
+            x = activate(x)
+        scores = written * einsum("...gtf,...sf->...gts", x, inputs, like=q)
+        x = (
+            kept * einsum("...gtf,...fh->...gth", x, weights, like=q)
+            + carried * einsum("...gtf,...fh->...gth", x, momentum, like=q)
+            - einsum("...gts,...sh->...gth", scores, errors, like=q)
+        )
+    return x
+
+
+def _write(memory: Memory, gradients: Surprise, coefs: Coefficients, *, like: Array) -> Memory:
+    kept, carried, left = (
+        x[..., None, None] for x in (coefs.kept[..., -1], coefs.carried[..., -1], coefs.momentum)
+    )
+    weights, momentum = [], []
+    for w, s, inputs, errors in zip(*memory, *gradients, strict=True):
+        written, pending = (
+            einsum("...tf,...th->...fh", share[..., None] * inputs, errors, like=like)
+            for share in (coefs.written[..., -1, :], coefs.pending)
+        )
+        weights.append(kept * w + carried * s - written)
+        momentum.append(left * s - pending)
+    return Memory(tuple(weights), tuple(momentum))
+
+
+def _chunks(tokens: Tokens, chunk: int) -> list[Array]:
+    """Queries `[n,B,M,G,C,F]`, keys and values `[n,B,M,C,F]`, gates `[n,B,M,C]`."""
+    q, k, v, *gates = tokens
+    cut_gates = (cut(gate[..., None], chunk)[..., 0] for gate in gates)
+    return [cut(q, chunk), cut(k, chunk), cut(v, chunk), *cut_gates]
+
+
+def _select(condition: Array, yes: Any, no: Any) -> Any:
+    """`where` for trees of `[B,...]` arrays and a condition `[B]`."""
+    return jax.tree.map(
+        lambda a, b: jnp.where(condition.reshape(-1, *(1,) * (b.ndim - 1)), a, b), yes, no
+    )
