@@ -13,6 +13,7 @@ from lcattn.nn.heads import HeadsConfig, HeadsMixer
 from lcattn.nn.layers import SwiGLU
 from lcattn.nn.linear_attention import LinearAttention, LinearAttentionConfig
 from lcattn.nn.mixer import Mixer, MixerConfig
+from lcattn.nn.neural_memory import NeuralMemory, NeuralMemoryConfig
 from lcattn.nn.prefix_linear_attention import (
     PrefixLinearAttention,
     PrefixLinearAttentionConfig,
@@ -50,6 +51,8 @@ __all__ = [
     "LinearAttentionConfig",
     "Mixer",
     "MixerConfig",
+    "NeuralMemory",
+    "NeuralMemoryConfig",
     "PrefixLinearAttention",
     "PrefixLinearAttentionConfig",
     "PrefixLinearAttentionState",

@@ -46,7 +46,7 @@ def neural_memory(
     return_state: bool = False,
     implementation: str | None = None,
 ) -> Float[Array, "B T N H"] | tuple[Float[Array, "B T N H"], NeuralMemoryState]:
-    r"""A memory that is a network, trained on each (key, value) as it comes by, then asked the query.
+    r"""A memory that is a network: trained on each key and value it meets, then asked the query.
 
     Layout `[B,T,N,H]`; network, momentum and gates in float32, output in the dtype of `q`.
 
@@ -135,11 +135,10 @@ def neural_memory(
     fresh = _start(weights, tokens)
     if initial_state is not None:
         check_state(initial_state, fresh)
-    state = fresh if initial_state is None else _cast(initial_state, fresh)
+        initial_state = jax.tree.map(lambda x, other: x.astype(other.dtype), initial_state, fresh)
     out, state = run(
-        tokens, state, fresh,
+        tokens, initial_state, fresh,
         segment_ids=segment_ids, chunk=int(chunk_size), activate=activate,
-        needs_state=return_state or initial_state is not None,
     )  # fmt: skip
     out = recurrence.finish(out, scale, segment_ids, q.dtype)
     return (out, state) if return_state else out
@@ -149,15 +148,13 @@ def _start(weights: Sequence[Array], tokens: chunked.Tokens) -> NeuralMemoryStat
     """The state of a new document."""
     state = neural_memory_state(weights, tokens.q.shape[0])
     # Sums with zero, so that the state varies over a mesh just as the tokens do.
-    zero = 0 * sum(gate[:, 0] for gate in tokens[3:])
-    zero += 0 * (tokens.k[:, 0, :, 0] + tokens.v[:, 0, :, 0]).astype(zero.dtype)
-    spread = [x.astype(zero.dtype) + zero[..., None, None] for x in state.weights]
-    moving = [x.astype(zero.dtype) + zero[..., None, None] for x in state.momentum]
-    return NeuralMemoryState(tuple(spread), tuple(moving), tuple(spread), state.position)
-
-
-def _cast(state: NeuralMemoryState, like: NeuralMemoryState) -> NeuralMemoryState:
-    return jax.tree.map(lambda x, other: x.astype(other.dtype), state, like)
+    vary = tokens.learning_rate[:, 0] + tokens.momentum[:, 0] + tokens.decay[:, 0]
+    vary += (tokens.k[:, 0, :, 0] + tokens.v[:, 0, :, 0]).astype(vary.dtype)
+    start, still = (
+        tuple(x.astype(vary.dtype) + 0 * vary[..., None, None] for x in layers)
+        for layers in (state.weights, state.momentum)
+    )
+    return NeuralMemoryState(start, still, start, state.position)
 
 
 def _check_gate(name: str, gate: Array, sizes: checks.Sizes, *, like: Array) -> None:

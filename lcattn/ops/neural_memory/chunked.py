@@ -35,38 +35,48 @@ class Memory(NamedTuple):
 
 def attend(
     tokens: Tokens,
-    state: NeuralMemoryState,
+    state: NeuralMemoryState | None,
     fresh: NeuralMemoryState,
     *,
     segment_ids: Array | None,
     chunk: int,
     activate: Callable[[Array], Array],
-    needs_state: bool,
-) -> tuple[Array, NeuralMemoryState | None]:
-    """Outputs `[B,T,M,G,H]` and, where it is needed, the state after the last token.
+) -> tuple[Array, NeuralMemoryState]:
+    """Outputs `[B,T,M,G,H]` and the state after the last token.
 
-    `state` is what the first document of each row continues, `fresh` what the others start with.
+    `fresh` is what documents start with, `state` what the first of each row continues, if any.
     """
-    if not needs_state and segment_ids is None:
-        return _aligned(tokens, Memory(fresh.weights, fresh.momentum), chunk, activate), None
+    if state is None and segment_ids is None:
+        return _aligned(tokens, fresh, chunk, activate)
+    state = fresh if state is None else state
     windows = lay_out(segment_ids, state.position, tokens.q.shape[1], chunk)
     return _windowed(tokens, state, fresh, windows, activate)
 
 
 def _aligned(
-    tokens: Tokens, memory: Memory, chunk: int, activate: Callable[[Array], Array]
-) -> Array:
-    """Whole sequences from their start: chunks are consecutive tokens, and nothing is masked."""
-    chunk = min(chunk, tokens.q.shape[1])
-    q, k, v, *gates = _chunks(tokens, chunk)
+    tokens: Tokens, fresh: NeuralMemoryState, chunk: int, activate: Callable[[Array], Array]
+) -> tuple[Array, NeuralMemoryState]:
+    """Sequences from their start: whole chunks, then the rest. Nothing is masked."""
 
     @jax.checkpoint  # keep the memory before each chunk, and the inputs
     def step(memory, window):
         q, k, v, coefs = window
         return _advance(memory, memory.weights, q, k, v, coefs, activate)
 
-    _, out = lax.scan(step, memory, (q, k, v, jax.checkpoint(coefficients)(*gates)))
-    return paste(out, tokens.q.shape[1])
+    memory, anchor = Memory(fresh.weights, fresh.momentum), fresh.weights
+    length, outs = tokens.q.shape[1], []
+    whole = length - length % chunk
+    for start, end, size in ((0, whole, chunk), (whole, length, length - whole)):
+        if start < end:
+            anchor = memory.weights
+            q, k, v, *gates = _chunks(Tokens(*(x[:, start:end] for x in tokens)), size)
+            window = (q, k, v, jax.checkpoint(coefficients)(*gates))
+            memory, out = lax.scan(step, memory, window)
+            outs.append(paste(out, end - start))
+    if whole == length:
+        anchor = memory.weights
+    state = NeuralMemoryState(*memory, anchor, fresh.position + length % chunk)
+    return jnp.concatenate(outs, axis=1), state
 
 
 def _windowed(

@@ -1,15 +1,15 @@
 r"""How much of every write is left at every later token: products of gates, no network involved.
 
-The update S_t = eta_t S_{t-1} - theta_t g_t, W_t = a_t W_{t-1} + S_t is linear in everything but the
-gradients g, which are all taken at the start of the chunk. Unrolled from there, with
+The update S_t = eta_t S_{t-1} - theta_t g_t, W_t = a_t W_{t-1} + S_t is linear in the gradients g,
+which are all taken at the start of the chunk. Unrolled from there, with
 A_ti = a_{i+1}...a_t and P_ij = eta_{j+1}...eta_i (1 on the diagonal, 0 above it):
 
     S_t = m_t S_0 - sum_{j<=t} P_tj theta_j g_j            m_t = eta_1...eta_t
     W_t = b_t W_0 + f_t S_0 - sum_{j<=t} G_tj g_j          b_t = a_1...a_t
     f = A m,   G = A P diag(theta)
 
-Products are formed as products: in sums of logs a gate of 0 is -inf, with no gradient, and ratios of
-running products are 0/0 as soon as they underflow.
+Products are formed as products: in sums of logs a gate of 0 is -inf, with no gradient, and ratios
+of running products are 0/0 as soon as they underflow.
 """
 
 from typing import NamedTuple

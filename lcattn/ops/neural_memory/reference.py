@@ -14,17 +14,15 @@ from lcattn.typing import Array
 
 def attend(
     tokens: Tokens,
-    state: NeuralMemoryState,
+    state: NeuralMemoryState | None,
     fresh: NeuralMemoryState,
     *,
     segment_ids: Array | None,
     chunk: int,
     activate: Callable[[Array], Array],
-    needs_state: bool,
 ) -> tuple[Array, NeuralMemoryState]:
     """As `chunked.attend`."""
-    del needs_state
-    dtype = state.weights[0].dtype
+    dtype = fresh.weights[0].dtype
     ids = segment_ids
     if ids is None:
         ids = jnp.zeros(tokens.q.shape[:2], jnp.int32)
@@ -60,7 +58,7 @@ def attend(
         return state, network(token.q, state.weights)
 
     by_token = Tokens(*(jnp.moveaxis(x, 1, 0).astype(dtype) for x in tokens))
-    state, out = lax.scan(step, state, (by_token, before != after, ids.T >= 0))
+    state, out = lax.scan(step, state or fresh, (by_token, before != after, ids.T >= 0))
     return jnp.moveaxis(out, 0, 1), state
 
 

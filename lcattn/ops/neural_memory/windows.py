@@ -1,9 +1,8 @@
 """Which tokens share a chunk, where chunks begin anew with each document.
 
 A chunk is C consecutive tokens of one document, counted from its first, over calls. Each chunk is
-computed in a window of C slots. Documents that start anew all see the same memory, so that a window
-may also hold several short ones, each whole. A window never holds more than one chunk that continues
-what was before.
+computed in a window of C slots. Documents that start anew all see the same memory, so that a
+window may also hold several short ones, each whole; one that continues a document holds that alone.
 """
 
 from typing import NamedTuple

@@ -124,6 +124,47 @@ def _delta_case(name: str, gates: str, *, decay: bool = True, is_variant: bool =
     )
 
 
+def _memory_case(name: str, layers: list[str], gates: str, **fields) -> OpCase:
+    weights = {f"w{i}": axes for i, axes in enumerate(layers)}
+    gated = dict.fromkeys(("learning_rate", "momentum", "decay"), gates)
+    return OpCase(
+        name=f"neural_memory[{name}]",
+        op=_tame_memory,
+        oracle=_tame_memory_oracle,
+        inputs={"q": "B T N F", "k": "B T K F", "v": "B T K H"} | gated | weights,
+        sizes={"F": 4, "E": 5},
+        options={"chunk_size": 8},
+        stateful=True,
+        gradient_tolerance=_GATE_GRADIENTS,
+        **fields,
+    )
+
+
+def _tame_memory(q, k, v, learning_rate, momentum, decay, *, w0, w1=None, **options):
+    """Keys, values and network of norm 1 and small steps, outside of which the memory diverges."""
+    dtype = jnp.promote_types(q.dtype, jnp.float32)
+    rate, momentum, decay = (
+        jax.nn.sigmoid(gate.astype(dtype)) for gate in (learning_rate, momentum, decay)
+    )
+    weights = [w.astype(dtype) for w in (w0, w1) if w is not None]
+    weights = [w / jnp.sqrt(1 + jnp.sum(w**2, axis=(1, 2), keepdims=True)) for w in weights]
+    return ops.neural_memory(
+        q, unit_norm(k), unit_norm(v), rate / 16, momentum, decay / 4, weights, **options
+    )
+
+
+def _tame_memory_oracle(inputs, segment_ids, *, causal=True):
+    inputs = dict(inputs)
+    for name, x in inputs.items():
+        if name in ("k", "v"):
+            inputs[name] = x / np.sqrt(np.sum(x**2, axis=-1, keepdims=True) + 1e-6)
+        if name in (sizes := {"learning_rate": 16, "momentum": 1, "decay": 4}):
+            inputs[name] = 1 / (1 + np.exp(-x)) / sizes[name]
+        if name.startswith("w"):
+            inputs[name] = x / np.sqrt(1 + np.sum(x**2, axis=(1, 2), keepdims=True))
+    return oracles.neural_memory(inputs, segment_ids, causal=causal, chunk_size=8)
+
+
 def _convolution_case(taps: int, *, is_variant: bool = False) -> OpCase:
     return OpCase(
         name=f"short_convolution[taps={taps}]",
@@ -217,6 +258,8 @@ OPS: tuple[OpCase, ...] = (
     _gated_case("B T N F"),
     _delta_case("log_decay=BTN", "B T N"),
     _delta_case("log_decay=None", "B T K", decay=False, is_variant=True),
+    _memory_case("layers=2", ["N F E", "N E H"], "B T N"),
+    _memory_case("layers=1,grouped", ["K F H"], "B T K", is_variant=True),
     _convolution_case(1, is_variant=True),
     _convolution_case(4),
     _agent_case("", options={"chunk_size": 8}, bidirectional=True, stateful=True),
@@ -289,6 +332,11 @@ def _delta_mixer(name: str, kind=nn.GatedDeltaNetConfig, **fields) -> MixerCase:
     return MixerCase(name=f"GatedDeltaNet[{name}]", config=config)
 
 
+def _memory_mixer(name: str, **fields) -> MixerCase:
+    config = nn.NeuralMemoryConfig(width=16, num_heads=4, chunk_size=8, **fields)
+    return MixerCase(name=f"NeuralMemory[{name}]", config=config)
+
+
 MIXERS: tuple[MixerCase, ...] = (
     _softmax_mixer("rope"),
     _softmax_mixer("grouped,qk_norm,rope_size=2", num_kv_heads=2, qk_norm=True, rope_size=2),
@@ -305,6 +353,8 @@ MIXERS: tuple[MixerCase, ...] = (
     _delta_mixer("gated", allow_negative_eigenvalues=True),
     _delta_mixer("grouped,no convolution", num_kv_heads=2, kernel_size=None),
     _delta_mixer("no decay", nn.DeltaNetConfig),
+    _memory_mixer("layers=2"),
+    _memory_mixer("layers=1,grouped", depth=1, num_kv_heads=2),
     MixerCase(
         name="PrefixLinearAttention",
         config=nn.PrefixLinearAttentionConfig(
