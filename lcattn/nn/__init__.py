@@ -12,8 +12,17 @@ from lcattn.nn.gated_linear_attention import (
 from lcattn.nn.heads import HeadsConfig, HeadsMixer
 from lcattn.nn.layers import SwiGLU
 from lcattn.nn.linear_attention import LinearAttention, LinearAttentionConfig
+from lcattn.nn.memory_as_context import ContextState, MemoryAsContext, MemoryAsContextConfig
+from lcattn.nn.memory_hybrids import (
+    HybridState,
+    MemoryAsGate,
+    MemoryAsGateConfig,
+    MemoryAsLayer,
+    MemoryAsLayerConfig,
+)
 from lcattn.nn.mixer import Mixer, MixerConfig
 from lcattn.nn.neural_memory import NeuralMemory, NeuralMemoryConfig
+from lcattn.nn.persistent_attention import PersistentAttention, PersistentAttentionConfig
 from lcattn.nn.prefix_linear_attention import (
     PrefixLinearAttention,
     PrefixLinearAttentionConfig,
@@ -36,6 +45,7 @@ __all__ = [
     "AttentionConfig",
     "AttentionMixer",
     "CachedAttention",
+    "ContextState",
     "ConvolutionState",
     "CoreContextAttention",
     "CoreContextAttentionConfig",
@@ -46,13 +56,22 @@ __all__ = [
     "GatedLinearAttentionConfig",
     "HeadsConfig",
     "HeadsMixer",
+    "HybridState",
     "KeyValueCache",
     "LinearAttention",
     "LinearAttentionConfig",
+    "MemoryAsContext",
+    "MemoryAsContextConfig",
+    "MemoryAsGate",
+    "MemoryAsGateConfig",
+    "MemoryAsLayer",
+    "MemoryAsLayerConfig",
     "Mixer",
     "MixerConfig",
     "NeuralMemory",
     "NeuralMemoryConfig",
+    "PersistentAttention",
+    "PersistentAttentionConfig",
     "PrefixLinearAttention",
     "PrefixLinearAttentionConfig",
     "PrefixLinearAttentionState",

@@ -12,7 +12,7 @@ from lcattn.nn.layers import projection, unit_norm
 from lcattn.nn.recurrent import RecurrentConfig, RecurrentMixer
 from lcattn.ops import NeuralMemoryState
 from lcattn.ops.neural_memory.api import DEEPEST, DEFAULT_CHUNK
-from lcattn.typing import Array, Float, Hidden, Positions
+from lcattn.typing import Array, Float, Hidden, SegmentIds
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -108,9 +108,7 @@ class NeuralMemory(RecurrentMixer[NeuralMemoryConfig]):
         return ops.neural_memory_state(self._start, batch_size)
 
     @override
-    def recur(
-        self, x: Hidden, q: Array, k: Array, v: Array, positions: Positions, **options: Any
-    ) -> Any:
+    def recur(self, x: Hidden, q: Array, k: Array, v: Array, positions: Any, **options: Any) -> Any:
         del positions
         q, k = unit_norm(q), unit_norm(k)
         if self.config.unit_values:
@@ -121,6 +119,25 @@ class NeuralMemory(RecurrentMixer[NeuralMemoryConfig]):
             # Answers of norm 1 get entries of about 1, which the norm after it is made for.
             scale=self.config.head_size**0.5, activation=self.config.activation, **options,
         )  # fmt: skip
+
+    def continue_from(
+        self, x: Hidden, memory: NeuralMemoryState, segment_ids: SegmentIds | None = None
+    ) -> tuple[Hidden, NeuralMemoryState]:
+        """`extend` for packed rows of a mixer without convolution; documents may end in them."""
+        q, k, v, _ = self._heads(x)
+        heads, memory = self.recur(
+            x, q, k, v, None, segment_ids=segment_ids, initial_state=memory, **self._options
+        )
+        return self._gated_out(x, heads), memory
+
+    def recall(
+        self, q: Float[Array, "B T N F"], weights: tuple[Array, ...]
+    ) -> Float[Array, "B T N H"]:
+        """Answers of a memory `[B,K,in,out]` that is left as it is."""
+        group = self.config.num_heads // self.config.kv_heads
+        weights = tuple(jnp.repeat(layer, group, axis=1) for layer in weights)
+        answers = ops.recall(unit_norm(q).swapaxes(1, 2), weights, self.config.activation)
+        return self.config.head_size**0.5 * answers.swapaxes(1, 2).astype(q.dtype)
 
     @property
     def _start(self) -> tuple[Array, ...]:

@@ -1,7 +1,7 @@
 """The form that runs anywhere: chunk by chunk, in matrix products over the tokens of each."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ from jax import lax
 from lcattn.ops.chunks import cut, einsum, paste
 from lcattn.ops.neural_memory.coefficients import Coefficients, coefficients
 from lcattn.ops.neural_memory.network import Surprise, Weights, surprise
-from lcattn.ops.neural_memory.state import NeuralMemoryState
+from lcattn.ops.neural_memory.state import NeuralMemoryState, select
 from lcattn.ops.neural_memory.windows import Windows, lay_out
 from lcattn.typing import Array
 
@@ -48,9 +48,9 @@ def attend(
     """
     if state is None and segment_ids is None:
         return _aligned(tokens, fresh, chunk, activate)
-    state = fresh if state is None else state
-    windows = lay_out(segment_ids, state.position, tokens.q.shape[1], chunk)
-    return _windowed(tokens, state, fresh, windows, activate)
+    position = None if state is None else state.position
+    windows = lay_out(segment_ids, position, tokens.decay.shape, chunk)
+    return _windowed(tokens, state or fresh, fresh, windows, activate)
 
 
 def _aligned(
@@ -93,17 +93,24 @@ def _windowed(
 
     @jax.checkpoint
     def step(carry, window):
+        return lax.cond(jnp.any(window[-1]), advance, skip, carry, window)
+
+    def skip(carry, window):
+        q, _, v, *_ = window
+        return carry, 0 * (q[..., :1] + v[:, :, None]).astype(carry[1][0].dtype)
+
+    def advance(carry, window):
         memory, anchor = carry
-        q, k, v, coefs, starts_document, starts_chunk = window
-        memory = _select(starts_document, Memory(fresh.weights, fresh.momentum), memory)
-        anchor = _select(starts_chunk, memory.weights, anchor)
+        q, k, v, coefs, starts_document, starts_chunk, _ = window
+        memory = select(starts_document, Memory(fresh.weights, fresh.momentum), memory)
+        anchor = select(starts_chunk, memory.weights, anchor)
         memory, out = _advance(memory, anchor, q, k, v, coefs, activate)
         return (memory, anchor), out
 
     start = (Memory(state.weights, state.momentum), state.anchor)
-    window = (q, k, v, coefs, windows.starts_document, windows.starts_chunk)
+    window = (q, k, v, coefs, windows.starts_document, windows.starts_chunk, windows.used)
     (memory, anchor), out = lax.scan(step, start, window)
-    anchor = _select(windows.position == 0, memory.weights, anchor)
+    anchor = select(windows.position == 0, memory.weights, anchor)
     out = windows.scatter(paste(out, windows.tokens.shape[1]))
     return out, NeuralMemoryState(*memory, anchor, windows.position)
 
@@ -167,10 +174,3 @@ def _chunks(tokens: Tokens, chunk: int) -> list[Array]:
     q, k, v, *gates = tokens
     cut_gates = (cut(gate[..., None], chunk)[..., 0] for gate in gates)
     return [cut(q, chunk), cut(k, chunk), cut(v, chunk), *cut_gates]
-
-
-def _select(condition: Array, yes: Any, no: Any) -> Any:
-    """`where` for trees of `[B,...]` arrays and a condition `[B]`."""
-    return jax.tree.map(
-        lambda a, b: jnp.where(condition.reshape(-1, *(1,) * (b.ndim - 1)), a, b), yes, no
-    )

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from lcattn.ops.neural_memory.chunked import Tokens
-from lcattn.ops.neural_memory.state import NeuralMemoryState
+from lcattn.ops.neural_memory.state import NeuralMemoryState, select, spread
 from lcattn.ops.segments import owners
 from lcattn.typing import Array
 
@@ -36,32 +36,24 @@ def attend(
     def loss(weights, k, v):
         return jnp.sum((network(k, weights) - v) ** 2)
 
-    def where(condition, yes, no):
-        return jax.tree.map(lambda a, b: jnp.where(_like(condition, b), a, b), yes, no)
-
     def step(state, token):
         token, is_new, is_real = token
-        state = where(is_new, fresh, state)
-        anchor = where(state.position == 0, state.weights, state.anchor)
+        state = select(is_new, fresh, state)
+        anchor = select(state.position == 0, state.weights, state.anchor)
         gradients = jax.grad(loss)(anchor, token.k, token.v)
         momentum = tuple(
-            _like(token.momentum, s) * s - _like(token.learning_rate, g) * g
+            spread(token.momentum, s) * s - spread(token.learning_rate, g) * g
             for s, g in zip(state.momentum, gradients, strict=True)
         )
         weights = tuple(
-            (1 - _like(token.decay, w)) * w + s
+            (1 - spread(token.decay, w)) * w + s
             for w, s in zip(state.weights, momentum, strict=True)
         )
         position = (state.position + 1) % chunk
-        anchor = where(position == 0, weights, anchor)
-        state = where(is_real, NeuralMemoryState(weights, momentum, anchor, position), state)
+        anchor = select(position == 0, weights, anchor)
+        state = select(is_real, NeuralMemoryState(weights, momentum, anchor, position), state)
         return state, network(token.q, state.weights)
 
     by_token = Tokens(*(jnp.moveaxis(x, 1, 0).astype(dtype) for x in tokens))
     state, out = lax.scan(step, state or fresh, (by_token, before != after, ids.T >= 0))
     return jnp.moveaxis(out, 0, 1), state
-
-
-def _like(x: Array, other: Array) -> Array:
-    """`x` with trailing axes, to broadcast against `other`."""
-    return x.reshape(*x.shape, *(1,) * (other.ndim - x.ndim))

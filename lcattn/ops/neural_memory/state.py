@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from lcattn.errors import argument_error
 from lcattn.ops import checks
 from lcattn.ops.neural_memory.network import Weights
-from lcattn.typing import Array, Float, Int
+from lcattn.typing import Array, Bool, Float, Int
 
 
 @no_type_check  # JAX also fills it with shapes and specs
@@ -64,3 +64,13 @@ def check_state(state: NeuralMemoryState, expected: NeuralMemoryState) -> None:
         for layer, (array, shape) in enumerate(zip(arrays, shapes, strict=True)):
             checks.check_shape(f"{name}[{layer}]", array, shape, "[B,M,in,out]")
     checks.check_shape("initial_state.position", state.position, expected.position.shape, "[B]")
+
+
+def select[Tree](condition: Bool[Array, "B"], yes: Tree, no: Tree) -> Tree:
+    """`where` for trees of arrays `[B,...]`."""
+    return jax.tree.map(lambda a, b: jnp.where(spread(condition, b), a, b), yes, no)
+
+
+def spread(x: Array, like: Array) -> Array:
+    """`x` with trailing axes, to broadcast against `like`."""
+    return x.reshape(*x.shape, *(1,) * (like.ndim - x.ndim))

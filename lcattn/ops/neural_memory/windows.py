@@ -45,17 +45,24 @@ class Windows(NamedTuple):
 
 
 def lay_out(
-    segment_ids: Int[Array, "B T"] | None, position: Int[Array, "B"], length: int, chunk: int
+    segment_ids: Int[Array, "B T"] | None,
+    position: Int[Array, "B"] | None,
+    shape: tuple[int, ...],
+    chunk: int,
 ) -> Windows:
     """Lays out the tokens of one call.
 
     Args:
       segment_ids: document of each token, or None for one document.
       position: tokens of a chunk under way in the calls before; the first document continues it.
-      length: T.
+        None: no calls before.
+      shape: B, T and whatever follows.
       chunk: C.
     """
-    T, B = length, position.shape[0]
+    B, T = shape[:2]
+    number = _most_windows(T, chunk, packed=segment_ids is not None, continued=position is not None)
+    if position is None:
+        position = jnp.zeros((B,), jnp.int32)
     index = jnp.arange(T, dtype=jnp.int32)
     ids = jnp.zeros((B, T), jnp.int32) if segment_ids is None else segment_ids
     before, after = owners(ids.T[:, :, None])
@@ -83,7 +90,6 @@ def lay_out(
     def follow(begin, _):
         return _take(next_begin, begin), begin
 
-    number = _most_windows(T, chunk, packed=segment_ids is not None)
     last, begins = lax.scan(follow, 0 * next_begin[:, :1], None, length=number)
     begins = begins[..., 0].T
     ends = jnp.concatenate([begins[:, 1:], last], axis=1)
@@ -110,7 +116,7 @@ def lay_out(
     )
 
 
-def _most_windows(length: int, chunk: int, *, packed: bool) -> int:
+def _most_windows(length: int, chunk: int, *, packed: bool, continued: bool) -> int:
     """Windows that always suffice.
 
     Without documents, the first finishes a chunk and the rest are whole. With them, a window may be
@@ -118,7 +124,7 @@ def _most_windows(length: int, chunk: int, *, packed: bool) -> int:
     after the first hold more than C tokens.
     """
     if not packed:
-        return 1 + (length + chunk - 2) // chunk
+        return 1 + (length - 1 + (chunk - 1) * continued) // chunk
     return min(length, 3 + 3 * (length // (chunk + 1)))
 
 

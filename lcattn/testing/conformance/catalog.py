@@ -337,6 +337,16 @@ def _memory_mixer(name: str, **fields) -> MixerCase:
     return MixerCase(name=f"NeuralMemory[{name}]", config=config)
 
 
+def _hybrid_mixer(kind, attention=None, memory=None, **fields) -> MixerCase:
+    config = kind(
+        width=16,
+        attention=nn.PersistentAttentionConfig(num_heads=4, num_persistent=3, **attention or {}),
+        memory=nn.NeuralMemoryConfig(num_heads=2, chunk_size=3, **memory or {}),
+        **fields,
+    )
+    return MixerCase(name=kind.__name__.removesuffix("Config"), config=config)
+
+
 MIXERS: tuple[MixerCase, ...] = (
     _softmax_mixer("rope"),
     _softmax_mixer("grouped,qk_norm,rope_size=2", num_kv_heads=2, qk_norm=True, rope_size=2),
@@ -355,6 +365,17 @@ MIXERS: tuple[MixerCase, ...] = (
     _delta_mixer("no decay", nn.DeltaNetConfig),
     _memory_mixer("layers=2"),
     _memory_mixer("layers=1,grouped", depth=1, num_kv_heads=2),
+    _hybrid_mixer(nn.MemoryAsGateConfig, {"window": 5}),
+    _hybrid_mixer(nn.MemoryAsLayerConfig, {"window": 5}, {"depth": 1}),
+    _hybrid_mixer(
+        nn.MemoryAsContextConfig, {"window": None}, {"kernel_size": None}, segment_size=8
+    ),
+    MixerCase(
+        name="PersistentAttention",
+        config=nn.PersistentAttentionConfig(
+            width=16, num_heads=4, num_kv_heads=2, window=5, num_persistent=3, qk_norm=True
+        ),
+    ),
     MixerCase(
         name="PrefixLinearAttention",
         config=nn.PrefixLinearAttentionConfig(

@@ -184,7 +184,8 @@ def neural_memory(
     (B, T, N), K, states = q.shape[:3], k.shape[2], inputs["decay"].shape[2]
     out = np.zeros((B, T, N, v.shape[3]))
     for b, n in np.ndindex(B, N):
-        head, state, document = n * K // N, n * states // N, None
+        head, state = n * K // N, n * states // N
+        document, count, anchor, weights, momenta = None, 0, [], [], []
         for t in range(T):
             ids = 0 if segment_ids is None else segment_ids[b, t]
             if ids < 0:
