@@ -1,6 +1,7 @@
 """Titans' neural memory as a token mixer (LMM): a network that learns the sequence as it reads."""
 
 import dataclasses
+import itertools
 from typing import Any, Literal, override
 
 import jax
@@ -97,7 +98,7 @@ class NeuralMemory(RecurrentMixer[NeuralMemoryConfig]):
         )
         dtype = jnp.dtype(config.param_dtype or "float32")
         glorot = nnx.initializers.glorot_normal(batch_axis=0)
-        sizes = zip(config.layer_sizes, config.layer_sizes[1:], strict=False)
+        sizes = itertools.pairwise(config.layer_sizes)
         self.start = nnx.List(
             nnx.Param(glorot(rngs.params(), (K, inputs, outputs), dtype), axes=(None, None, None))
             for inputs, outputs in sizes
