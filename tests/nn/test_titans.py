@@ -1,4 +1,4 @@
-"""Titans' mixers: stability at the defaults, persistent tokens, the leak that MAC closes, errors."""
+"""Titans' mixers: stability at the defaults, persistent tokens, the leak of MAC, errors."""
 
 import jax
 import jax.numpy as jnp
@@ -129,7 +129,7 @@ def test_memory_as_context_leaks_as_printed_and_not_here():
         (lambda: PersistentAttentionConfig(num_persistent=0), "num_persistent: expected a value"),
         (lambda: MemoryAsGateConfig(width=20), "num_heads: expected a divisor of width=20"),
         (lambda: MemoryAsContextConfig(segment_size=0), "segment_size: expected a value greater"),
-        (lambda: MemoryAsContextConfig(memory=NeuralMemoryConfig()), "memory: expected .*kernel_si"),
+        (lambda: MemoryAsContextConfig(memory=NeuralMemoryConfig()), "memory: expected"),
         (
             lambda: MemoryAsContextConfig(attention=PersistentAttentionConfig(window=4)),
             "attention: expected .*window=None",

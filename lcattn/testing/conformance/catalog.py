@@ -329,7 +329,13 @@ def _gated_mixer(name: str, kind=nn.GatedLinearAttentionConfig, **fields) -> Mix
 
 def _delta_mixer(name: str, kind=nn.GatedDeltaNetConfig, **fields) -> MixerCase:
     config = kind(width=16, num_heads=4, chunk_size=8, **fields)
-    return MixerCase(name=f"GatedDeltaNet[{name}]", config=config)
+    # A write depends on all before it, so roundings of keys and strengths add up: over 12 draws of
+    # parameters bfloat16 came within 0.014 to 0.051 of float32 (gated linear attention: 0.015).
+    return MixerCase(name=f"GatedDeltaNet[{name}]", config=config, low_precision_tolerance=6e-2)
+
+
+def _variant(case: MixerCase) -> MixerCase:
+    return dataclasses.replace(case, is_variant=True)
 
 
 def _memory_mixer(name: str, **fields) -> MixerCase:
@@ -349,24 +355,30 @@ def _hybrid_mixer(kind, attention=None, memory=None, **fields) -> MixerCase:
 
 MIXERS: tuple[MixerCase, ...] = (
     _softmax_mixer("rope"),
-    _softmax_mixer("grouped,qk_norm,rope_size=2", num_kv_heads=2, qk_norm=True, rope_size=2),
-    _softmax_mixer("alibi", position_encoding="alibi"),
+    _variant(
+        _softmax_mixer("grouped,qk_norm,rope_size=2", num_kv_heads=2, qk_norm=True, rope_size=2)
+    ),
+    _variant(_softmax_mixer("alibi", position_encoding="alibi")),
     _softmax_mixer("window=8", window=8),
-    _softmax_mixer("window=8,alibi,grouped", window=8, position_encoding="alibi", num_kv_heads=1),
-    _softmax_mixer("window=1,nope", window=1, position_encoding="nope"),
-    _linear_mixer("taylor"),
+    _variant(
+        _softmax_mixer(
+            "window=8,alibi,grouped", window=8, position_encoding="alibi", num_kv_heads=1
+        )
+    ),
+    _variant(_softmax_mixer("window=1,nope", window=1, position_encoding="nope")),
+    _variant(_linear_mixer("taylor")),
     _linear_mixer("taylor,chunk=8,grouped", chunk_size=8, num_kv_heads=2),
-    _linear_mixer("identity,norm", feature_map="identity", chunk_size=8),
+    _variant(_linear_mixer("identity,norm", feature_map="identity", chunk_size=8)),
     _gated_mixer("channel,grouped", num_kv_heads=2),
-    _gated_mixer("head,convolved", decay="head", kernel_size=4),
-    _gated_mixer("retention", nn.RetentionConfig),
+    _variant(_gated_mixer("head,convolved", decay="head", kernel_size=4)),
+    _variant(_gated_mixer("retention", nn.RetentionConfig)),
     _delta_mixer("gated", allow_negative_eigenvalues=True),
-    _delta_mixer("grouped,no convolution", num_kv_heads=2, kernel_size=None),
-    _delta_mixer("no decay", nn.DeltaNetConfig),
+    _variant(_delta_mixer("grouped,no convolution", num_kv_heads=2, kernel_size=None)),
+    _variant(_delta_mixer("no decay", nn.DeltaNetConfig)),
     _memory_mixer("layers=2"),
-    _memory_mixer("layers=1,grouped", depth=1, num_kv_heads=2),
-    _hybrid_mixer(nn.MemoryAsGateConfig, {"window": 5}),
-    _hybrid_mixer(nn.MemoryAsLayerConfig, {"window": 5}, {"depth": 1}),
+    _variant(_memory_mixer("layers=1,grouped", depth=1, num_kv_heads=2)),
+    _variant(_hybrid_mixer(nn.MemoryAsGateConfig, {"window": 5})),
+    _variant(_hybrid_mixer(nn.MemoryAsLayerConfig, {"window": 5}, {"depth": 1})),
     _hybrid_mixer(
         nn.MemoryAsContextConfig, {"window": None}, {"kernel_size": None}, segment_size=8
     ),
@@ -375,6 +387,7 @@ MIXERS: tuple[MixerCase, ...] = (
         config=nn.PersistentAttentionConfig(
             width=16, num_heads=4, num_kv_heads=2, window=5, num_persistent=3, qk_norm=True
         ),
+        is_variant=True,
     ),
     MixerCase(
         name="PrefixLinearAttention",
@@ -382,26 +395,32 @@ MIXERS: tuple[MixerCase, ...] = (
             width=16, num_heads=4, num_kv_heads=2, feature_dim=4, chunk_size=8, prefix_length=5
         ),
     ),
-    _convolution_mixer(1),
+    _variant(_convolution_mixer(1)),
     _convolution_mixer(3),
     _agent_mixer("causal"),
-    _agent_mixer("causal,grouped,chunk=8", num_kv_heads=2, chunk_size=8, kernel_size=None),
-    _agent_mixer("bidirectional", causal=False, kernel_size=None),
-    _core_context_mixer("rope"),
-    _core_context_mixer("nope,grouped", position_encoding="nope", num_kv_heads=2),
-    _core_context_mixer("rope,grouped,share_cores", num_kv_heads=2, share_cores=True),
-    _selective_mixer("raw"),
-    _selective_mixer(
-        "sigmoid,layer,grouped,window=8",
-        position="sigmoid",
-        position_per_head=True,
-        gate_per_head=False,
-        num_kv_heads=2,
-        window=8,
+    _variant(
+        _agent_mixer("causal,grouped,chunk=8", num_kv_heads=2, chunk_size=8, kernel_size=None)
     ),
-    _selective_mixer("exp,hidden", position="exp", gate_hidden=8),
+    _variant(_agent_mixer("bidirectional", causal=False, kernel_size=None)),
+    _core_context_mixer("rope"),
+    _variant(_core_context_mixer("nope,grouped", position_encoding="nope", num_kv_heads=2)),
+    _variant(_core_context_mixer("rope,grouped,share_cores", num_kv_heads=2, share_cores=True)),
+    _selective_mixer("raw"),
+    _variant(
+        _selective_mixer(
+            "sigmoid,layer,grouped,window=8",
+            position="sigmoid",
+            position_per_head=True,
+            gate_per_head=False,
+            num_kv_heads=2,
+            window=8,
+        )
+    ),
+    _variant(_selective_mixer("exp,hidden", position="exp", gate_hidden=8)),
     _softplus_mixer("rope,power=15"),
-    _softplus_mixer(
-        "nope,grouped,power=None", position_encoding="nope", num_kv_heads=2, power=None
+    _variant(
+        _softplus_mixer(
+            "nope,grouped,power=None", position_encoding="nope", num_kv_heads=2, power=None
+        )
     ),
 )
