@@ -31,7 +31,10 @@ class NeuralMemoryConfig(RecurrentConfig):
       decay: let the memory forget.
       max_learning_rate: bound of the learning rate, which is that times (1 - momentum) times a
         sigmoid of the token. None: `1 / (2 * depth * chunk_size)`. Gradients of a chunk add up, so
-        this is the largest rate at which a chunk of one and the same key does not overshoot.
+        this is the largest rate at which a chunk of one and the same key does not overshoot. It
+        takes the layers of the start for what they are initialised to, norms of about 2: a memory
+        of three or four layers still diverges if training lets them grow far above that, so keep
+        them under weight decay.
       decay_bias: added to the logit of the decay. None: -6, or -8 for a deeper memory: decay pulls
         all its layers to zero, from where it cannot learn (at a decay of 0.004 for 4,096 tokens
         nothing is left, at 0.0003 most is).

@@ -350,7 +350,7 @@ def _hybrid_mixer(kind, attention=None, memory=None, **fields) -> MixerCase:
         memory=nn.NeuralMemoryConfig(num_heads=2, chunk_size=3, **memory or {}),
         **fields,
     )
-    # Of MAC, a softmax reads what a memory recalls that a softmax wrote: over 10 draws of parameters
+    # In MAC a softmax reads what a memory recalls that a softmax wrote: over 10 draws of parameters
     # bfloat16 came within 0.014 to 0.037 of float32 (the memory alone: 0.008 to 0.019).
     loose = 5e-2 if kind is nn.MemoryAsContextConfig else 2e-2
     name = kind.__name__.removesuffix("Config")
