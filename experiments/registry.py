@@ -23,6 +23,7 @@ CONFIGURABLES = (
     nn.PersistentAttentionConfig,
     nn.PrefixLinearAttentionConfig,
     nn.RetentionConfig,
+    nn.RoutingAttentionConfig,
     nn.SelectiveAttentionConfig,
     nn.ShortConvolutionConfig,
     nn.SoftmaxAttentionConfig,

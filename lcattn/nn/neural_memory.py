@@ -13,6 +13,7 @@ from lcattn.nn.layers import projection, unit_norm
 from lcattn.nn.recurrent import RecurrentConfig, RecurrentMixer
 from lcattn.ops import NeuralMemoryState
 from lcattn.ops.neural_memory.api import DEEPEST, DEFAULT_CHUNK
+from lcattn.ops.neural_memory.network import recall
 from lcattn.typing import Array, Float, Hidden, SegmentIds
 
 
@@ -140,7 +141,7 @@ class NeuralMemory(RecurrentMixer[NeuralMemoryConfig]):
         """Answers of a memory `[B,K,in,out]` that is left as it is."""
         group = self.config.num_heads // self.config.kv_heads
         weights = tuple(jnp.repeat(layer, group, axis=1) for layer in weights)
-        answers = ops.recall(unit_norm(q).swapaxes(1, 2), weights, self.config.activation)
+        answers = recall(unit_norm(q).swapaxes(1, 2), weights, self.config.activation)
         return self.config.head_size**0.5 * answers.swapaxes(1, 2).astype(q.dtype)
 
     @property

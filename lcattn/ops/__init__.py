@@ -34,9 +34,13 @@ from lcattn.ops.neural_memory import (
     NeuralMemoryState,
     neural_memory,
     neural_memory_state,
-    recall,
 )
 from lcattn.ops.positions import alibi_slopes, rotary, segment_positions
+from lcattn.ops.routing_attention import (
+    RoutingAttentionState,
+    routing_attention,
+    routing_attention_state,
+)
 from lcattn.ops.selective_attention import selective_attention
 from lcattn.ops.short_convolution import short_convolution
 from lcattn.ops.softmax_attention import softmax_attention
@@ -48,6 +52,7 @@ __all__ = [
     "FeatureMap",
     "LinearAttentionState",
     "NeuralMemoryState",
+    "RoutingAttentionState",
     "UnsupportedImplementationError",
     "agent_attention",
     "agent_attention_state",
@@ -62,8 +67,9 @@ __all__ = [
     "neural_memory_state",
     "pooled_agents",
     "prefix_linear_attention",
-    "recall",
     "rotary",
+    "routing_attention",
+    "routing_attention_state",
     "segment_positions",
     "selective_attention",
     "short_convolution",
