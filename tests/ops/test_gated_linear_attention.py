@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compiled import ops
 
-from lcattn import ops
 from lcattn.ops.decay import between_tokens, inside_chunks
 from lcattn.testing.conformance.compare import assert_close, assert_finite
 

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compiled import ops
 
-from lcattn import ops
 from lcattn.ops.checks import check_heads
 from lcattn.ops.hyper_attention import api, dense, draws
 from lcattn.ops.hyper_attention.hashing import gray_rank, ranks

@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compiled import ops
 
-from lcattn import ops
 from lcattn.ops.linear_attention import features
 from lcattn.testing.conformance.compare import assert_close
 

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compiled import ops
 
-from lcattn import ops
 from lcattn.ops.neural_memory.windows import lay_out
 from lcattn.testing.conformance.compare import assert_close, assert_finite
 

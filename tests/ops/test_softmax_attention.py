@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compiled import ops
 
-from lcattn import ops
 from lcattn.testing.conformance.compare import assert_close
 
 B, T, N, K, H = 2, 21, 4, 2, 8
