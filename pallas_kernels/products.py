@@ -72,6 +72,23 @@ class Products:
 
         return lax.optimization_barrier(pl.run_state(issue)(plgpu.ACC.init(total)))
 
+    def accumulate_both(
+        self,
+        first: tuple[jax.Array, Operand, Operand],
+        second: tuple[jax.Array, Operand, Operand],
+    ) -> tuple[jax.Array, jax.Array]:
+        """Two sums `total + a b`, in flight at once."""
+        if self.interpret:
+            return self.accumulate(*first), self.accumulate(*second)
+
+        def issue(accs):
+            plgpu.wgmma(accs[0], *first[1:])
+            plgpu.wgmma(accs[1], *second[1:])
+            plgpu.wgmma_wait(0)
+
+        totals = (plgpu.ACC.init(first[0]), plgpu.ACC.init(second[0]))
+        return lax.optimization_barrier(pl.run_state(issue)(totals))
+
 
 def _accumulator(a: Operand, b: Operand):
     return plgpu.ACC((a.shape[0], b.shape[1]), jnp.float32)
