@@ -11,6 +11,7 @@ a thread rather than 580, and ptxas no longer serialised its products for want o
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -32,19 +33,25 @@ class Products:
 
     interpret: bool = False
 
-    def product(self, a: Operand, b: Operand) -> jax.Array:
-        """`a b`."""
+    def product(
+        self, a: Operand, b: Operand, meanwhile: Callable[[], None] = lambda: None
+    ) -> jax.Array:
+        """`a b`; `meanwhile` is called while it is in flight."""
         if self.interpret:
             return _dot(a, b)
 
         def issue(acc):
             plgpu.wgmma(acc, a, b)
+            meanwhile()
             return lax.optimization_barrier(acc[...])
 
         return pl.run_scoped(issue, _accumulator(a, b))
 
     def products(
-        self, first: tuple[Operand, Operand], second: tuple[Operand, Operand]
+        self,
+        first: tuple[Operand, Operand],
+        second: tuple[Operand, Operand],
+        meanwhile: Callable[[], None] = lambda: None,
     ) -> tuple[jax.Array, jax.Array]:
         """Two products in flight at once."""
         if self.interpret:
@@ -53,6 +60,7 @@ class Products:
         def issue(acc_0, acc_1):
             plgpu.wgmma(acc_0, *first)
             plgpu.wgmma(acc_1, *second)
+            meanwhile()
             return lax.optimization_barrier((acc_0[...], acc_1[...]))
 
         return pl.run_scoped(issue, _accumulator(*first), _accumulator(*second))

@@ -1,6 +1,6 @@
 r"""Causal softplus attention for Hopper GPUs, in Pallas Mosaic GPU.
 
-    a_ts = softplus(c_t q_t·k_s)                      over the n_t keys s <= t of t's document
+    a_ts = softplus(q_t·k_s)                          over the n_t keys s <= t of t's document
     P_t  = a_t / sum a_t                              LSSA
     P_t  ~ max(n_t a_t / sum a_t - o_t, 0)^p          LSSAR
     O_t  = sum_s P_ts v_s
@@ -24,7 +24,6 @@ from pallas_kernels.softplus_attention.rows import (
     Scales,
     gradient_numbers,
     reciprocal,
-    score_numbers,
     weight_numbers,
 )
 
@@ -41,14 +40,14 @@ def softplus_attention(
     config: LaunchConfig | None = None,
     interpret: bool = False,
 ) -> jax.Array:
-    """Causal softplus attention of unit vectors; differentiable in q, k and v.
+    """Causal softplus attention; differentiable in q, k and v.
 
     Args:
-      q: unit vectors `[B,T,N,H]`, bfloat16; H is 64 or 128.
-      k: unit vectors `[B,T,K,H]`; K divides N.
+      q: queries `[B,T,N,H]`, bfloat16, with all that scales scores and with 1 / ln 2, so that
+        `q·k` is in powers of two; it has to stay below 120. H is 64 or 128.
+      k: keys `[B,T,K,H]`; K divides N.
       v: values `[B,T,K,H]`.
-      scales: c, n and o of each query, `[b,T]` in float32; b is B, or 1 where all rows are alike.
-        c is at most 80.
+      scales: n and o of each query.
       packing: positions of queries and ends of keys, `[B,T]` in int32: a query at position p sees
         key j where `j <= p < end_j`. Positions are indices, or -1 for a query that sees nothing and
         gives zeros; ends never decrease but for keys that nothing sees. None: one document.
@@ -102,11 +101,11 @@ def _attend(plan: Plan, q, k, v, scales: Scales, packing: Packing | None):
 
 
 def _attend_forward(plan, q, k, v, scales, packing):
-    sums, numbers = None, score_numbers(q, scales)
+    sums = rows = None
     if plan.thresholded:
-        sums = row_sums(plan, q, k, numbers, packing)
-        numbers = weight_numbers(q, scales, sums, plan.flat_below)
-    out, total = mix(plan, q, k, v, numbers, packing)
+        sums = row_sums(plan, q, k, packing)
+        rows = weight_numbers(scales, sums, plan.flat_below)
+    out, total = mix(plan, q, k, v, rows, packing)
     return out, (q, k, v, scales, packing, sums, out, total)
 
 
@@ -115,13 +114,11 @@ def _attend_backward(plan, residuals, d_out):
     g = d_out.astype(jnp.float32) * reciprocal(total).swapaxes(1, 2)[..., None]
     mean = jnp.sum(g * out.astype(jnp.float32), axis=-1).swapaxes(1, 2)
     g = g.astype(q.dtype)
-    numbers = gradient_numbers(
-        q, scales, sums, mean, power=plan.power, flat_below=plan.flat_below
-    )
-    dq, shared = query_gradients(plan, q, g, k, v, numbers, packing)
-    if shared is not None:
-        numbers = numbers.at[:, :, Row.SHARED].set(shared)
-    dk, dv = key_gradients(plan, q, g, k, v, numbers, packing)
+    rows = gradient_numbers(scales, sums, mean, power=plan.power, flat_below=plan.flat_below)
+    dq, e = query_gradients(plan, q, g, k, v, rows, packing)
+    if e is not None:
+        rows = rows.at[:, :, Row.SHARED].set(e)
+    dk, dv = key_gradients(plan, q, g, k, v, rows, packing)
     return dq, dk, dv, None, None
 
 

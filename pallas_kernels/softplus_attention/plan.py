@@ -85,7 +85,7 @@ class Plan:
         """Runs a kernel on every block of every head.
 
         Args:
-          body: the kernel; gets `tiles` and `barriers` for what stays.
+          body: the kernel; gets `tiles` and `barriers` for what stays, and a barrier `turns`.
           *arrays: its inputs; the first is `[B,T,heads,H]`.
           heads: heads of what stays.
           out_type: shapes of its outputs.
@@ -96,12 +96,18 @@ class Plan:
         if self.specialized:
             threads = {"num_threads": self.config.warpgroups + 1, "thread_name": "warpgroup"}
         count = self.config.warpgroups
+
+        def with_turns(*refs, turns, **scratch):
+            body(*refs, turns=Turns(turns if self.specialized else None), **scratch)
+
+        with_turns.__name__ = body.__name__
         kernel = plgpu.kernel(
-            body, out_type=out_type, grid=(B, heads, T // self.block),
+            with_turns, out_type=out_type, grid=(B, heads, T // self.block),
             grid_names=("batch", "head", "block"), **threads,
             scratch_types={
                 "tiles": (plgpu.SMEM((count, TILE, H), arrays[0].dtype),) * residents,
                 "barriers": plgpu.Barrier(num_arrivals=residents, num_barriers=count),
+                "turns": plgpu.Barrier(num_arrivals=count),
             },
             compiler_params=plgpu.CompilerParams(approx_math=True),
             interpret=plgpu.InterpretGPUParams() if self.interpret else None,
@@ -135,6 +141,40 @@ class Plan:
             stop = packing.past_queries[here.batch, here.index]
         return first, lax.div(stop + (width - 1), width) - first
 
+    def hide_keys(self, here: "Here", packing: Packing | None) -> Callable:
+        """A function that hides what is not seen.
+
+        It takes scores `[queries, keys]` of a block of queries, the first of the keys and, if
+        packed, their ends in shared memory.
+        """
+        if packing is None:
+            return lambda t, key: _hide_after(t, here.token, key)
+        positions = here.token_numbers(packing.positions)
+
+        def hide(t, key, ends):
+            width = t.shape[1]
+            position = over_columns(positions, width)
+            end = over_rows(plgpu.load(ends, layout=ALONG_COLUMNS))
+            return jnp.where((iota(1, width) + key <= position) & (position < end), t, HIDDEN)
+
+        return hide
+
+    def hide_queries(self, here: "Here", packing: Packing | None) -> Callable:
+        """The same of scores `[keys, queries]`, of a block of keys; `positions` of the queries."""
+        if packing is None:
+            return lambda t, query: _hide_before(t, here.token, query)
+        own_ends = here.token_numbers(packing.ends)
+
+        def hide(t, query, positions):
+            del query
+            width = t.shape[1]
+            position = over_rows(plgpu.load(positions, layout=ALONG_COLUMNS))
+            end = over_columns(own_ends, width)
+            seen = (iota(0, width) + here.token <= position) & (position < end)
+            return jnp.where(seen, t, HIDDEN)
+
+        return hide
+
     def here(self, blocks: int, *, reverse: bool) -> "Here":
         """Where in the grid a kernel runs; `reverse` if later blocks have longer walks."""
         index = lax.axis_index("block")
@@ -150,6 +190,7 @@ class Plan:
         compute: Callable[[Callable], None],
         here: "Here",
         arrays: list[Any],
+        turns: "Turns | None",
         *,
         heads: int,
         first: Any,
@@ -165,6 +206,7 @@ class Plan:
             `token` being a tile's first.
           here: the block.
           arrays: what streams: `[B,T,heads,size]`, `[B,heads,numbers,T]` in float32, or `[B,T]`.
+          turns: what warpgroups that take turns swap by; None where each goes its own way.
           heads: heads of what stays.
           first: first tile.
           count: number of tiles, for each streaming head that shares the block's head.
@@ -208,13 +250,18 @@ class Plan:
             def loop(body, state):
                 nonlocal step
                 step = body
-                return pipeline(state)
+                if turns is None:
+                    return pipeline(state)
+                turns.begin(here)
+                state = pipeline(state)
+                turns.end(here)
+                return state
 
             compute(loop)
 
         if self.specialized:
             plgpu.emit_pipeline_warp_specialized(
-                body, **options, num_compute_wgs=self.config.warpgroups, memory_registers=40,
+                body, **options, num_compute_wgs=self.config.warpgroups, memory_registers=24,
                 wg_axis="warpgroup", compute_context=context,
             )(*arrays)  # fmt: skip
         else:
@@ -255,49 +302,66 @@ class Here(NamedTuple):
             plgpu.copy_smem_to_gmem(tile, target.at[self.batch, self.tokens, self.head])
         plgpu.wait_smem_to_gmem(0)
 
-    def row(self, rows, row: Row) -> jax.Array:
-        """A number of each of the block's queries."""
+    def read(self, rows, row: Row) -> jax.Array:
+        """A number of each of the block's queries, of `[B,N,numbers,T]`."""
         source = rows.at[self.batch, self.head, int(row), self.tokens]
         return plgpu.load(source, layout=ALONG_ROWS, optimized=False)
 
-    def token_row(self, array) -> jax.Array:
+    def write(self, target, numbers: jax.Array) -> None:
+        """Writes a number of each of the block's queries, to `[B,N,T]`."""
+        target[self.batch, self.head, self.tokens] = numbers
+
+    def token_numbers(self, array) -> jax.Array:
         """The block's part of `[B,T]`."""
         return plgpu.load(array.at[self.batch, self.tokens], layout=ALONG_ROWS, optimized=False)
 
 
-def hide_later_keys(t: jax.Array, here: Here, key: Any) -> jax.Array:
-    """Scores `[queries, keys]`, the keys starting at `key`, hidden where causality says so."""
+def _hide_after(t: jax.Array, query: Any, key: Any) -> jax.Array:
+    """Scores `[queries, keys]` with the keys after each query hidden."""
     width = t.shape[1]
 
     def hide(t):
-        seen = iota(0, width) - iota(1, width) >= key - here.token
-        return jnp.where(seen, t, HIDDEN)
+        return jnp.where(iota(0, width) - iota(1, width) >= key - query, t, HIDDEN)
 
-    return lax.cond(key + width - 1 > here.token, hide, lambda t: t, t)
+    return lax.cond(key + width - 1 > query, hide, lambda t: t, t)
 
 
-def hide_earlier_queries(t: jax.Array, here: Here, query: Any) -> jax.Array:
-    """The same of scores `[keys, queries]`."""
+def _hide_before(t: jax.Array, key: Any, query: Any) -> jax.Array:
+    """Scores `[keys, queries]` with the queries before each key hidden."""
     width = t.shape[1]
 
     def hide(t):
-        seen = iota(0, width) - iota(1, width) <= query - here.token
-        return jnp.where(seen, t, HIDDEN)
+        return jnp.where(iota(0, width) - iota(1, width) <= query - key, t, HIDDEN)
 
-    return lax.cond(query < here.token + TILE - 1, hide, lambda t: t, t)
-
-
-def hide_unseen_keys(t: jax.Array, key: Any, positions: jax.Array, ends) -> jax.Array:
-    """Scores `[queries, keys]`, hidden but in documents; `ends` are in shared memory."""
-    width = t.shape[1]
-    position = over_columns(positions, width)
-    end = over_rows(plgpu.load(ends, layout=ALONG_COLUMNS))
-    return jnp.where((iota(1, width) + key <= position) & (position < end), t, HIDDEN)
+    return lax.cond(query < key + TILE - 1, hide, lambda t: t, t)
 
 
-def hide_blind_queries(t: jax.Array, here: Here, positions, ends: jax.Array) -> jax.Array:
-    """The same of scores `[keys, queries]`; `positions` are in shared memory."""
-    width = t.shape[1]
-    position = over_rows(plgpu.load(positions, layout=ALONG_COLUMNS))
-    end = over_columns(ends, width)
-    return jnp.where((iota(0, width) + here.token <= position) & (position < end), t, HIDDEN)
+@dataclasses.dataclass(frozen=True)
+class Turns:
+    """How two warpgroups keep half a step apart.
+
+    One's products are then in flight while the other computes weights. Left alone, they fall into
+    step, and the matrix unit waits for both. A step swaps when its scores are in flight and when
+    its weights are ready.
+
+    Attributes:
+      barrier: at which both arrive, or None in a kernel of one warpgroup.
+    """
+
+    barrier: Any
+
+    def swap(self) -> None:
+        """Waits for the other's swap."""
+        if self.barrier is not None:
+            plgpu.barrier_arrive(self.barrier)
+            plgpu.barrier_wait(self.barrier)
+
+    def begin(self, here: Here) -> None:
+        """Lets the first warpgroup go ahead."""
+        if self.barrier is not None:
+            pl.when(here.warpgroup == 1)(self.swap)
+
+    def end(self, here: Here) -> None:
+        """Answers the second one's last swap."""
+        if self.barrier is not None:
+            pl.when(here.warpgroup == 0)(self.swap)

@@ -27,15 +27,14 @@ def log1p(x: jax.Array) -> jax.Array:
     return jnp.minimum(jnp.log(x + _ONE), x)
 
 
-def softplus(t: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """`log(1 + 2^t)`, and 2^t. Scores are bounded by the length scale, so it does not overflow."""
-    x = jnp.exp2(t)
-    return log1p(x), x
+def softplus(t: jax.Array) -> jax.Array:
+    """`log(1 + 2^t)`. Scores are bounded by the length scale, so that 2^t does not overflow."""
+    return log1p(jnp.exp2(t))
 
 
-def sigmoid(x: jax.Array) -> jax.Array:
-    """The slope of softplus, from 2^t."""
-    return x * (1 / (1 + x))
+def sigmoid(t: jax.Array, a: jax.Array) -> jax.Array:
+    """The slope of softplus, `2^t / (1 + 2^t)`, given `a = softplus(t)`: no division."""
+    return jnp.exp2(t - a * (1 / _LN2))
 
 
 def softplus_sums(t: jax.Array) -> jax.Array:
@@ -50,15 +49,16 @@ def softplus_sums(t: jax.Array) -> jax.Array:
 
 
 def raised(r: jax.Array, power: int) -> jax.Array | float:
-    """`r^power` by squaring."""
-    result, square = None, r
-    while power:
-        if power % 2:
-            result = square if result is None else result * square
-        power //= 2
-        if power:
-            square = square * square
-    return 1.0 if result is None else result
+    """`r^power` in few products: 5 for 15."""
+    if power <= 1:
+        return r if power else 1.0
+    if power % 3 == 0:
+        root = raised(r, power // 3)
+        return root * root * root
+    if power % 2 == 0:
+        root = raised(r, power // 2)
+        return root * root
+    return r * raised(r, power - 1)
 
 
 def fold(x: jax.Array, combine: Callable[[jax.Array, jax.Array], jax.Array]) -> jax.Array:
