@@ -3,7 +3,7 @@
 On the chip an operand is a shared-memory ref, or (the left one only) a bfloat16 tile in registers,
 and the sum is a float32 tile in registers. The CPU simulator runs neither register operands nor
 accumulators that are given a value, so under it the same products are taken by `jnp.dot`; all of a
-kernel but these three functions is then what runs on the chip.
+kernel but these functions is then what runs on the chip.
 
 Results pass a barrier of the compiler. To LLVM arithmetic on registers is pure and may float over
 the wait that makes a sum final; kept in place, a kernel with three tiles of state spilled 372 bytes
@@ -48,10 +48,7 @@ class Products:
         return pl.run_scoped(issue, _accumulator(a, b))
 
     def products(
-        self,
-        first: tuple[Operand, Operand],
-        second: tuple[Operand, Operand],
-        meanwhile: Callable[[], None] = lambda: None,
+        self, first: tuple[Operand, Operand], second: tuple[Operand, Operand]
     ) -> tuple[jax.Array, jax.Array]:
         """Two products in flight at once."""
         if self.interpret:
@@ -60,7 +57,6 @@ class Products:
         def issue(acc_0, acc_1):
             plgpu.wgmma(acc_0, *first)
             plgpu.wgmma(acc_1, *second)
-            meanwhile()
             return lax.optimization_barrier((acc_0[...], acc_1[...]))
 
         return pl.run_scoped(issue, _accumulator(*first), _accumulator(*second))

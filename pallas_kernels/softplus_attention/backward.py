@@ -72,19 +72,17 @@ def query_gradients(
             def step(token, key, value, *ends_and_state):
                 *ends, state = ends_and_state
                 t, pull = plan.products.products(
-                    (query, key.transpose((1, 0))), (grad, value.transpose((1, 0))), turns.swap
+                    (query, key.transpose((1, 0))), (grad, value.transpose((1, 0)))
                 )
                 t = hide(t, token, *ends)
                 a, d = softplus(t), pull - mean
                 slope = sigmoid(t, a)
                 if not plan.thresholded:
-                    turns.swap()
                     d = (d * slope).astype(key.dtype)
                     return (plan.products.accumulate(state[0], d, key),)
                 own, common, sums = state
                 d = weight_gradients(plan, d, jnp.maximum(gain * a - threshold, 0.0))
                 sums += fold(d, jnp.add)
-                turns.swap()
                 own, common = plan.products.accumulate_both(
                     (own, (d * slope).astype(key.dtype), key),
                     (common, slope.astype(key.dtype), key),
@@ -145,7 +143,7 @@ def key_gradients(
                     return over_rows(plgpu.load(rows.at[int(number)], layout=ALONG_COLUMNS))
 
                 t, pull = plan.products.products(
-                    (key, query.transpose((1, 0))), (value, grad.transpose((1, 0))), turns.swap
+                    (key, query.transpose((1, 0))), (value, grad.transpose((1, 0)))
                 )
                 t = hide(t, token, *positions)
                 r = a = softplus(t)
@@ -156,7 +154,6 @@ def key_gradients(
                     d -= row(Row.SHARED)
                 d *= row(Row.SLOPE) * sigmoid(t, a)
                 weights = raised(r, plan.power)
-                turns.swap()
                 return plan.products.accumulate_both(
                     (dk, d.astype(query.dtype), query), (dv, weights.astype(grad.dtype), grad)
                 )

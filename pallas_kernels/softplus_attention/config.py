@@ -33,6 +33,4 @@ class LaunchConfig:
         for name, values in allowed.items():
             value = getattr(self, name)
             if value not in values:
-                raise ValueError(
-                    f"LaunchConfig.{name}: expected one of {values}, got {value!r}"
-                )
+                raise ValueError(f"LaunchConfig.{name}: expected one of {values}, got {value!r}")

@@ -62,7 +62,7 @@ def softplus_attention(
     Raises:
       ValueError: saying why these kernels do not serve the call.
     """
-    B, T, N, H = q.shape
+    T = q.shape[1]
     reason = objection(dtype=q.dtype, F=k.shape[3], H=v.shape[3], power=power)
     if reason is not None:
         raise ValueError(f"softplus_attention: the mosaic_gpu kernels {reason}")

@@ -81,38 +81,43 @@ class Plan:
         """The matrix unit."""
         return Products(self.interpret)
 
-    def launch(self, body, *arrays, heads: int, out_type, residents: int):
+    def launch(
+        self, body, *arrays, heads: int, out_type, residents: int, takes_turns: bool = False
+    ):
         """Runs a kernel on every block of every head.
 
         Args:
-          body: the kernel; gets `tiles` and `barriers` for what stays, and a barrier `turns`.
+          body: the kernel; gets `tiles` and `barriers` for what stays, and `turns`.
           *arrays: its inputs; the first is `[B,T,heads,H]`.
           heads: heads of what stays.
           out_type: shapes of its outputs.
           residents: number of tiles `[64,H]` that stay.
+          takes_turns: whether warpgroups do.
         """
         B, T, _, H = arrays[0].shape
-        threads = {}
-        if self.specialized:
-            threads = {"num_threads": self.config.warpgroups + 1, "thread_name": "warpgroup"}
         count = self.config.warpgroups
+        threads: dict[str, Any] = {}
+        scratch: dict[str, Any] = {}
+        if self.specialized:
+            threads = {"num_threads": count + 1, "thread_name": "warpgroup"}
+        if self.specialized and takes_turns:
+            scratch = {"barrier": plgpu.Barrier(num_arrivals=count)}
 
-        def with_turns(*refs, turns, **scratch):
-            body(*refs, turns=Turns(turns if self.specialized else None), **scratch)
+        def kernel(*refs, barrier=None, **scratch):
+            body(*refs, turns=Turns(barrier), **scratch)
 
-        with_turns.__name__ = body.__name__
-        kernel = plgpu.kernel(
-            with_turns, out_type=out_type, grid=(B, heads, T // self.block),
+        kernel.__name__ = body.__name__  # for profiles
+        return plgpu.kernel(
+            kernel, out_type=out_type, grid=(B, heads, T // self.block),
             grid_names=("batch", "head", "block"), **threads,
             scratch_types={
                 "tiles": (plgpu.SMEM((count, TILE, H), arrays[0].dtype),) * residents,
                 "barriers": plgpu.Barrier(num_arrivals=residents, num_barriers=count),
-                "turns": plgpu.Barrier(num_arrivals=count),
+                **scratch,
             },
             compiler_params=plgpu.CompilerParams(approx_math=True),
             interpret=plgpu.InterpretGPUParams() if self.interpret else None,
-        )  # fmt: skip
-        return kernel(*arrays)
+        )(*arrays)  # fmt: skip
 
     def pack(self, positions: jax.Array, ends: jax.Array) -> Packing:
         """Packed documents, from positions and ends in int32."""
@@ -190,7 +195,7 @@ class Plan:
         compute: Callable[[Callable], None],
         here: "Here",
         arrays: list[Any],
-        turns: "Turns | None",
+        turns: "Turns",
         *,
         heads: int,
         first: Any,
@@ -206,7 +211,7 @@ class Plan:
             `token` being a tile's first.
           here: the block.
           arrays: what streams: `[B,T,heads,size]`, `[B,heads,numbers,T]` in float32, or `[B,T]`.
-          turns: what warpgroups that take turns swap by; None where each goes its own way.
+          turns: those of the warpgroups.
           heads: heads of what stays.
           first: first tile.
           count: number of tiles, for each streaming head that shares the block's head.
@@ -250,8 +255,6 @@ class Plan:
             def loop(body, state):
                 nonlocal step
                 step = body
-                if turns is None:
-                    return pipeline(state)
                 turns.begin(here)
                 state = pipeline(state)
                 turns.end(here)
@@ -265,9 +268,7 @@ class Plan:
                 wg_axis="warpgroup", compute_context=context,
             )(*arrays)  # fmt: skip
         else:
-            context(
-                lambda state: plgpu.emit_pipeline(body, **options, init_carry=state)(*arrays)
-            )
+            context(lambda state: plgpu.emit_pipeline(body, **options, init_carry=state)(*arrays))
 
 
 class Here(NamedTuple):
@@ -338,14 +339,14 @@ def _hide_before(t: jax.Array, key: Any, query: Any) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True)
 class Turns:
-    """How two warpgroups keep half a step apart.
+    """How two warpgroups keep apart.
 
-    One's products are then in flight while the other computes weights. Left alone, they fall into
-    step, and the matrix unit waits for both. A step swaps when its scores are in flight and when
-    its weights are ready.
+    One's products are in flight while the other computes weights. Left alone, they fall into step,
+    and the matrix unit waits for both. A step swaps when its scores are in flight and when its
+    weights are ready. That took a tenth off `mix`; the gradients' kernels it made slower.
 
     Attributes:
-      barrier: at which both arrive, or None in a kernel of one warpgroup.
+      barrier: at which both arrive, or None where there is nothing to swap.
     """
 
     barrier: Any

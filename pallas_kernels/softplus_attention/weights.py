@@ -48,10 +48,10 @@ def softplus_sums(t: jax.Array) -> jax.Array:
     return linear * _LN2 + log1p(product)
 
 
-def raised(r: jax.Array, power: int) -> jax.Array | float:
-    """`r^power` in few products: 5 for 15."""
-    if power <= 1:
-        return r if power else 1.0
+def raised(r: jax.Array, power: int) -> jax.Array:
+    """`r^power`, power at least 1, in few products: 5 for 15."""
+    if power == 1:
+        return r
     if power % 3 == 0:
         root = raised(r, power // 3)
         return root * root * root

@@ -1,5 +1,7 @@
 """The Hopper kernels without a GPU: simulated, against the definition, and lowered for CUDA."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,17 +9,77 @@ import pytest
 
 from lcattn.ops import softplus_attention
 from lcattn.ops.softplus_attention import kernel
+from lcattn.ops.visibility import visibility
 from pallas_kernels.softplus_attention import mosaic_gpu
 from pallas_kernels.softplus_attention.config import LaunchConfig
+from pallas_kernels.softplus_attention.rows import Scales
 
 SIMULATED = LaunchConfig(warpgroups=1, width=64)
 
 CASES = {
     # name: T, K, power, documents
-    "p=15, ragged, grouped queries": (150, 1, 15.0, None),
-    "p=1, packed with padding": (128, 2, 1.0, [0] * 9 + [-1] * 3 + [2] * 70 + [5] * 40 + [-1] * 6),
+    "p=15, ragged, grouped queries": (150, 1, 15, None),
+    "p=1, packed with padding": (128, 2, 1, [0] * 9 + [-1] * 3 + [2] * 70 + [5] * 40 + [-1] * 6),
     "LSSA": (128, 2, None, None),
 }
+
+
+def normal(*shape, seed=0, scale=1.0):
+    return jnp.asarray(scale * np.random.default_rng(seed).normal(size=shape), jnp.bfloat16)
+
+
+def assert_close(got, want, tolerance):
+    for a, b in zip(got, want, strict=True):
+        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+        assert np.linalg.norm(a - b) <= tolerance * np.linalg.norm(b)
+
+
+def definition(q, k, v, scales, mask, power):
+    """The formulas on scores in powers of two, in float32."""
+    k, v = (jnp.repeat(x, q.shape[2] // k.shape[2], axis=2) for x in (k, v))
+    length, offset = (x[:, None, :, None] for x in scales)
+    scores = jnp.einsum("btnh,bsnh->bnts", q, k, precision="highest")
+    weights = jnp.where(mask[:, None], jax.nn.softplus(np.log(2) * scores), 0)
+    seen = mask.any(axis=2)[:, None, :, None]
+    mean = jnp.where(seen, weights.sum(axis=3, keepdims=True) / length, 1)
+    if power is not None:
+        weights = jnp.maximum(weights / mean - offset, 0)
+        weights = (weights / jnp.where(seen, weights.max(axis=3, keepdims=True), 1)) ** power
+    total = jnp.where(seen, weights.sum(axis=3, keepdims=True), 1)
+    return jnp.einsum("bnts,bsnh->btnh", weights / total, v, precision="highest")
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_values_and_every_gradient_agree_with_the_definition(name):
+    T, K, power, documents = CASES[name]
+    arrays = (
+        normal(1, T, 2, 64, scale=0.6),
+        normal(1, T, K, 64, seed=1),
+        normal(1, T, K, 64, seed=2),
+    )
+    ids = jnp.asarray([documents or [0] * T])
+    seen = visibility(T, T, causal=True, segment_ids=ids)
+    length = jnp.maximum(seen.num_keys(), 1).astype(jnp.float32)
+    scales = Scales(length, jnp.where(length <= 3, 0.0, 1.0))
+
+    def kernel(*arrays):
+        return mosaic_gpu.softplus_attention(
+            *arrays, scales, None if documents is None else (seen.queries, seen.end),
+            power=power, flat_below=1e-5, config=SIMULATED, interpret=True,
+        )  # fmt: skip
+
+    def run(f, arrays, g):
+        out, pull = jax.vjp(f, *arrays)
+        return out, *pull(g)
+
+    g = normal(1, T, 2, 64, seed=9)
+    got = jax.jit(run, static_argnums=0)(kernel, arrays, g)
+    assert got[0].dtype == jnp.bfloat16
+    reference = functools.partial(definition, scales=scales, mask=seen.mask(), power=power)
+    want = run(reference, *jax.tree.map(lambda x: x.astype(jnp.float32), (arrays, g)))
+    assert_close(got, want, 1e-2)
+    if documents is not None:
+        assert not np.any(np.asarray(got[0])[0, np.asarray(documents) < 0])
 
 
 @pytest.fixture
@@ -32,52 +94,25 @@ def simulated(monkeypatch):
     monkeypatch.setattr(kernel.dispatch, "on_hopper", lambda: True)
 
 
-def normal(*shape, seed=0):
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.bfloat16)
-
-
-def inputs(T, K, N=2, H=64):
-    return tuple(normal(1, T, heads, H, seed=i) for i, heads in enumerate((N, K, K)))
-
-
-def assert_close(got, want, tolerance):
-    for a, b in zip(got, want, strict=True):
-        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-        assert np.linalg.norm(a - b) <= tolerance * np.linalg.norm(b)
-
-
-def with_gradients(arrays, g, **options):
-    def run(arrays, g):
-        out, pull = jax.vjp(lambda *a: softplus_attention(*a, **options), *arrays)
-        return out, *pull(g.astype(out.dtype))
-
-    return jax.jit(run)(arrays, g)
-
-
-@pytest.mark.parametrize("name", CASES)
-def test_values_and_every_gradient_agree_with_the_definition(name, simulated):
-    T, K, power, documents = CASES[name]
-    arrays, g = inputs(T, K), normal(1, T, 2, 64, seed=9)
-    options = {
-        "power": power, "segment_ids": None if documents is None else jnp.asarray([documents])
-    }  # fmt: skip
-    got = with_gradients(arrays, g, **options, implementation="mosaic_gpu")
-    assert got[0].dtype == jnp.bfloat16
-    wide = tuple(x.astype(jnp.float32) for x in arrays)
-    want = with_gradients(wide, g, **options, implementation="reference")
-    # bfloat16 rounds cosines by 3e-4, scores by 6e-3, and weights by p times that.
-    assert_close(got, want, 2e-2 if power == 15 else 8e-3)
-    if documents is not None:
-        assert not np.any(np.asarray(got[0])[0, np.asarray(documents) < 0])
+def test_the_op_scales_and_packs_as_its_other_forms_do(simulated):
+    q, k, v = (normal(1, 64, 1, 64, seed=seed) for seed in range(3))
+    options = {"power": 3.0, "segment_ids": jnp.asarray([[0] * 30 + [1] * 30 + [-1] * 4])}
+    got = softplus_attention(q, k, v, **options, implementation="mosaic_gpu")
+    want = softplus_attention(q, k, v, **options, implementation="reference")
+    assert_close([got], [want], 1e-2)
 
 
 def test_a_flat_row_is_the_mean_of_the_values_and_its_gradients_are_finite(simulated):
-    q, k, v = inputs(64, 2)
-    k = jnp.broadcast_to(k[:, :1], k.shape)
-    out, *gradients = with_gradients((q, k, v), v, power=15.0, implementation="mosaic_gpu")
+    q, v = normal(1, 64, 1, 64), normal(1, 64, 1, 64, seed=1)
+
+    def run(q, k, v):
+        f = functools.partial(softplus_attention, power=15.0, implementation="mosaic_gpu")
+        out, pull = jax.vjp(f, q, k, v)
+        return out, *pull(v)
+
+    out, *gradients = jax.jit(run)(q, jnp.broadcast_to(q[:, :1], q.shape), v)
     length = np.arange(1, 65)[None, :, None, None]
-    mean = np.cumsum(np.asarray(v, np.float64), axis=1) / length
-    assert_close([out], [mean], 4e-3)
+    assert_close([out], [np.cumsum(np.asarray(v, np.float64), axis=1) / length], 4e-3)
     assert all(np.all(np.isfinite(np.asarray(x, np.float32))) for x in gradients)
 
 
