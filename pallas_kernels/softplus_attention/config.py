@@ -1,4 +1,11 @@
-"""Launch parameters of the softplus-attention kernels, and the heuristic that picks them."""
+"""Launch parameters of the softplus-attention kernels.
+
+The defaults were the fastest of those measured on an H200 at 32768 tokens, 16 heads, H = 128, in
+milliseconds a forward call: width 128 with 2 stages 14.4, with 3 stages 14.7; width 64 with 4
+stages 17.6. A gradient width of 128 does not fit the registers (800 bytes spilled at H = 64), and
+more gradient stages change nothing. Shapes with fewer blocks than multiprocessors want no others:
+a narrower block would only move more keys.
+"""
 
 import dataclasses
 
