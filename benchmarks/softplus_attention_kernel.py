@@ -32,7 +32,7 @@ class Case:
     power: float | None = 15.0
     packed: int = 1
     reference_heads: int | None = None
-    xla: bool = True
+    with_xla: bool = True
 
     @property
     def name(self) -> str:
@@ -56,7 +56,7 @@ class Case:
             return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
 
         forms = {"mosaic_gpu": self.ours, "cudnn_softmax": cudnn}
-        return forms | {"xla": self.reference} if self.xla else forms
+        return forms | {"xla": self.reference} if self.with_xla else forms
 
     def ours(self, q, k, v):
         """The kernels."""
@@ -105,10 +105,10 @@ CASES = [
     Case(B=1, T=256, **WIDE),
     Case(B=1, T=1000, N=16, K=4, H=64, power=3.0),
     Case(B=2, T=4096, **WIDE, packed=7),
-    Case(B=4, T=8192, **WIDE, reference_heads=2, xla=False),
-    Case(B=1, T=32768, **WIDE, power=None, reference_heads=2, xla=False),
-    Case(B=1, T=32768, N=16, K=16, H=64, reference_heads=2, xla=False),
-    Case(B=1, T=131072, **WIDE, reference_heads=1, xla=False),
+    Case(B=4, T=8192, **WIDE, reference_heads=2, with_xla=False),
+    Case(B=1, T=32768, **WIDE, power=None, reference_heads=2, with_xla=False),
+    Case(B=1, T=32768, N=16, K=16, H=64, reference_heads=2, with_xla=False),
+    Case(B=1, T=131072, **WIDE, reference_heads=1, with_xla=False),
 ]
 
 if __name__ == "__main__":

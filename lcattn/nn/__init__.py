@@ -2,6 +2,7 @@
 
 from lcattn.nn.agent_attention import AgentAttention, AgentAttentionConfig, AgentState
 from lcattn.nn.attention import AttentionConfig, AttentionMixer, CachedAttention, KeyValueCache
+from lcattn.nn.auxiliary import AuxiliaryLoss, auxiliary_loss
 from lcattn.nn.core_context_attention import CoreContextAttention, CoreContextAttentionConfig
 from lcattn.nn.gated_delta_net import DeltaNetConfig, GatedDeltaNet, GatedDeltaNetConfig
 from lcattn.nn.gated_linear_attention import (
@@ -9,15 +10,18 @@ from lcattn.nn.gated_linear_attention import (
     GatedLinearAttentionConfig,
     RetentionConfig,
 )
+from lcattn.nn.heads import HeadsConfig, HeadsMixer
+from lcattn.nn.hyper_attention import HyperAttention, HyperAttentionConfig
 from lcattn.nn.layers import SwiGLU
 from lcattn.nn.linear_attention import LinearAttention, LinearAttentionConfig
-from lcattn.nn.mixer import HeadsConfig, Mixer, MixerConfig
+from lcattn.nn.mixer import Mixer, MixerConfig
 from lcattn.nn.prefix_linear_attention import (
     PrefixLinearAttention,
     PrefixLinearAttentionConfig,
     PrefixLinearAttentionState,
 )
 from lcattn.nn.recurrent import RecurrentState
+from lcattn.nn.routing_attention import RoutingAttention, RoutingAttentionConfig, RoutingState
 from lcattn.nn.selective_attention import SelectiveAttention, SelectiveAttentionConfig
 from lcattn.nn.short_convolution import (
     ConvolutionState,
@@ -33,6 +37,7 @@ __all__ = [
     "AgentState",
     "AttentionConfig",
     "AttentionMixer",
+    "AuxiliaryLoss",
     "CachedAttention",
     "ConvolutionState",
     "CoreContextAttention",
@@ -43,6 +48,9 @@ __all__ = [
     "GatedLinearAttention",
     "GatedLinearAttentionConfig",
     "HeadsConfig",
+    "HeadsMixer",
+    "HyperAttention",
+    "HyperAttentionConfig",
     "KeyValueCache",
     "LinearAttention",
     "LinearAttentionConfig",
@@ -53,6 +61,9 @@ __all__ = [
     "PrefixLinearAttentionState",
     "RecurrentState",
     "RetentionConfig",
+    "RoutingAttention",
+    "RoutingAttentionConfig",
+    "RoutingState",
     "SelectiveAttention",
     "SelectiveAttentionConfig",
     "ShortConvolution",
@@ -62,4 +73,5 @@ __all__ = [
     "SoftplusAttention",
     "SoftplusAttentionConfig",
     "SwiGLU",
+    "auxiliary_loss",
 ]

@@ -10,8 +10,9 @@ from jax import lax
 
 from lcattn import ops
 from lcattn.errors import argument_error
-from lcattn.nn.layers import convolution_taps, merge_heads, projection, split_heads
-from lcattn.nn.mixer import HeadsConfig, Mixer, check_stream
+from lcattn.nn.heads import HeadsConfig, HeadsMixer
+from lcattn.nn.layers import convolution_taps, merge_heads, split_heads
+from lcattn.nn.mixer import check_stream
 from lcattn.ops import AgentAttentionState
 from lcattn.traits import Traits
 from lcattn.typing import Array, Float, Hidden, Positions, SegmentIds
@@ -94,22 +95,15 @@ class AgentAttentionConfig(HeadsConfig):
         return AgentAttention(self, rngs)
 
 
-class AgentAttention(Mixer):
+class AgentAttention(HeadsMixer[AgentAttentionConfig]):
     """`y = Wo (agent_attention(Wq x, Wk x, Wv x, agents) + convolution(Wv x))`, without biases."""
 
     op = "agent_attention"
 
+    @override
     def __init__(self, config: AgentAttentionConfig, rngs: nnx.Rngs):
-        """Args: `config`, with its width set; `rngs`, for the parameters."""
-        self.config = config
-        width, H = config.require_width(), config.head_size
-        N, K = config.num_heads, config.kv_heads
-        self.query = projection(config, width, N * H, axes=("embed", "heads"), rngs=rngs)
-        self.key = projection(config, width, K * H, axes=("embed", "heads"), rngs=rngs)
-        self.value = projection(config, width, K * H, axes=("embed", "heads"), rngs=rngs)
-        self.out = projection(
-            config, N * H, width, axes=("heads", "embed"), rngs=rngs, is_output=True
-        )
+        super().__init__(config, rngs)
+        N, K, H = config.num_heads, config.kv_heads, config.head_size
         dtype = jnp.dtype(config.param_dtype or "float32")
         if config.agents == "learned":
             shape = (config.num_agents, N, H)
@@ -152,11 +146,11 @@ class AgentAttention(Mixer):
         biases = {}
         if config.bias_size is not None:
             biases = {"key_bias": self.key_bias(), "query_bias": self.query_bias().mT}
-        q, k, v = self._heads(x)
+        q, k, v = self.project(x)
         heads = self._attend(q, k, v, causal=config.causal, segment_ids=segment_ids, **biases)
         if config.kernel_size is not None:
             heads += self._local(self._convolve(v, segment_ids))
-        return self.out(merge_heads(heads))
+        return self.project_out(heads)
 
     def init_state(self, batch_size: int, max_length: int, dtype=None) -> AgentState:
         """Nothing read yet; what agents hold is float32 whatever `dtype`.
@@ -181,7 +175,7 @@ class AgentAttention(Mixer):
         """Continues each stream."""
         self._require_causal()
         check_stream(x, state.values)
-        q, k, v = self._heads(x)
+        q, k, v = self.project(x)
         heads, agents = self._attend(q, k, v, initial_state=state.agents, return_state=True)
         values = state.values
         if self.config.kernel_size is not None:
@@ -190,16 +184,11 @@ class AgentAttention(Mixer):
             )
             heads += self._local(convolved)
         state = AgentState(agents, values.astype(state.values.dtype))
-        return self.out(merge_heads(heads)), state
+        return self.project_out(heads), state
 
     def _require_causal(self) -> None:
         if not self.config.causal:
             raise self.config.error("causal", "True to stream")
-
-    def _heads(self, x: Hidden) -> tuple[Array, Array, Array]:
-        kv_heads = self.config.kv_heads
-        q = split_heads(self.query(x), self.config.num_heads)
-        return q, split_heads(self.key(x), kv_heads), split_heads(self.value(x), kv_heads)
 
     def _attend(self, q: Array, k: Array, v: Array, **options: Any) -> Any:
         config = self.config

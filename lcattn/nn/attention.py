@@ -10,8 +10,9 @@ from flax import nnx
 from jax import lax
 
 from lcattn import ops
-from lcattn.nn.layers import merge_heads, projection, rms_norm, split_heads
-from lcattn.nn.mixer import HeadsConfig, Mixer, check_stream, default_positions
+from lcattn.nn.heads import HeadsConfig, HeadsMixer
+from lcattn.nn.layers import rms_norm
+from lcattn.nn.mixer import check_stream, default_positions
 from lcattn.ops import checks
 from lcattn.typing import Array, Float, Hidden, Int, Positions, SegmentIds
 
@@ -45,23 +46,15 @@ class AttentionConfig(HeadsConfig):
             raise self.error("position_encoding", f"one of {self.position_encodings}")
 
 
-class AttentionMixer[C: AttentionConfig](Mixer):
+class AttentionMixer[C: AttentionConfig](HeadsMixer[C]):
     """`y = Wo · attend(rotate(Wq x), rotate(Wk x), Wv x)`, without biases."""
 
+    @override
     def __init__(self, config: C, rngs: nnx.Rngs):
-        """Args: `config`, with its width set; `rngs`, for the parameters."""
-        self.config = config
-        width, H = config.require_width(), config.head_size
-        N, K = config.num_heads, config.kv_heads
-        self.query = projection(config, width, N * H, axes=("embed", "heads"), rngs=rngs)
-        self.key = projection(config, width, K * H, axes=("embed", "heads"), rngs=rngs)
-        self.value = projection(config, width, K * H, axes=("embed", "heads"), rngs=rngs)
-        self.out = projection(
-            config, N * H, width, axes=("heads", "embed"), rngs=rngs, is_output=True
-        )
+        super().__init__(config, rngs)
         if config.qk_norm:
-            self.query_norm = rms_norm(H, dtype=config.dtype, rngs=rngs)
-            self.key_norm = rms_norm(H, dtype=config.dtype, rngs=rngs)
+            self.query_norm = rms_norm(config.head_size, dtype=config.dtype, rngs=rngs)
+            self.key_norm = rms_norm(config.head_size, dtype=config.dtype, rngs=rngs)
 
     def __call__(
         self,
@@ -72,7 +65,7 @@ class AttentionMixer[C: AttentionConfig](Mixer):
         """Mixes whole sequences."""
         index = default_positions(x, segment_ids)
         q, k, v = self._heads(x, index if positions is None else positions, index + 1)
-        return self.out(merge_heads(self._attend(q, k, v, segment_ids=segment_ids)))
+        return self.project_out(self._attend(q, k, v, segment_ids=segment_ids))
 
     @abc.abstractmethod
     def _attend(self, q: Array, k: Array, v: Array, **options: Any) -> Any:
@@ -81,14 +74,9 @@ class AttentionMixer[C: AttentionConfig](Mixer):
     def _heads(self, x: Hidden, positions: Positions, lengths: Int[Array, "B T"]):
         """Queries, keys and values; `lengths` count the tokens up to each one in its document."""
         del lengths
-        q, k, v = self._project(x)
+        q, k, v = self.project(x)
         q, k = self._encode(q, k, positions)
         return q, k, v
-
-    def _project(self, x: Hidden) -> tuple[Array, Array, Array]:
-        kv_heads = self.config.kv_heads
-        q = split_heads(self.query(x), self.config.num_heads)
-        return q, split_heads(self.key(x), kv_heads), split_heads(self.value(x), kv_heads)
 
     def _encode(self, q: Array, k: Array, positions: Positions) -> tuple[Array, Array]:
         config = self.config
@@ -140,7 +128,7 @@ class CachedAttention[C: AttentionConfig](AttentionMixer[C]):
         positions = stream_positions(x, state.length)
         q, k, v = self._heads(x, positions, positions + 1)
         out, k, v = self._extend(q, k, v, state)
-        return self.out(merge_heads(out)), KeyValueCache(k, v, state.length + x.shape[1])
+        return self.project_out(out), KeyValueCache(k, v, state.length + x.shape[1])
 
     def _extend(self, q: Array, k: Array, v: Array, state: KeyValueCache):
         slots, end = state.k.shape[1], state.length + q.shape[1]

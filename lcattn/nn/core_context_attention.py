@@ -7,7 +7,6 @@ from flax import nnx
 
 from lcattn import ops
 from lcattn.nn.attention import AttentionConfig, AttentionMixer, stream_positions
-from lcattn.nn.layers import merge_heads
 from lcattn.nn.mixer import check_stream
 from lcattn.ops import CoreContextState
 from lcattn.traits import Traits
@@ -73,7 +72,7 @@ class CoreContextAttention(AttentionMixer[CoreContextAttentionConfig]):
         positions = stream_positions(x, state.length)
         q, k, v = self._heads(x, positions, positions + 1)
         out, state = self._attend(q, k, v, initial_state=state, return_state=True)
-        return self.out(merge_heads(out)), state
+        return self.project_out(out), state
 
     @override
     def _attend(self, q: Array, k: Array, v: Array, **options: Any) -> Any:

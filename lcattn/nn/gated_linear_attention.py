@@ -39,8 +39,8 @@ class GatedLinearAttentionConfig(RecurrentConfig):
     def validate(self) -> None:
         super().validate()
         self.require_positive("gate_rank", "gate_divisor")
-        if self.position_encoding == "rope" and self.width is not None and self.feature_size % 2:
-            raise self.error("position_encoding", f"'nope', or an even F (F={self.feature_size})")
+        if self.position_encoding == "rope" and self.width is not None and self.key_size % 2:
+            raise self.error("position_encoding", f"'nope', or an even F (F={self.key_size})")
 
     def make(self, rngs: nnx.Rngs) -> "GatedLinearAttention":
         """Builds the mixer."""
@@ -77,7 +77,7 @@ class GatedLinearAttention(RecurrentMixer[GatedLinearAttentionConfig]):
         if config.decay == "channel":
             self.decay_down = projection(config, width, rank, axes=("embed", None), rngs=rngs)
             self.decay = projection(
-                config, rank, K * config.feature_size, axes=(None, "heads"), rngs=rngs,
+                config, rank, K * config.key_size, axes=(None, "heads"), rngs=rngs,
                 use_bias=True,
             )  # fmt: skip
         elif config.decay == "head":

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from lcattn import ops
-from lcattn.nn.layers import merge_heads, projection, rms_norm, split_heads
-from lcattn.nn.mixer import HeadsConfig, Mixer, check_stream
+from lcattn.nn.heads import HeadsConfig, HeadsMixer
+from lcattn.nn.layers import rms_norm
+from lcattn.nn.mixer import check_stream
 from lcattn.ops import LinearAttentionState
 from lcattn.ops.linear_attention.features import is_normalized_by_default
 from lcattn.traits import Traits
@@ -41,28 +42,24 @@ class FeatureMapConfig(HeadsConfig):
         super().validate()
         self.require_positive("feature_dim", "chunk_size")
 
+    @property
+    @override
+    def key_size(self) -> int:
+        """F."""
+        return self.feature_dim
 
-class FeatureMapMixer[C: FeatureMapConfig](Mixer):
-    """Projections to heads and back, without biases or position encoding."""
 
-    config: C
+class FeatureMapMixer[C: FeatureMapConfig](HeadsMixer[C]):
+    """Heads without position encoding, and a norm on each output head where asked for."""
 
+    @override
     def __init__(self, config: C, rngs: nnx.Rngs):
-        """Args: `config`, with its width set; `rngs`, for the parameters."""
-        self.config = config
-        width, F, H = config.require_width(), config.feature_dim, config.head_size
-        N, K = config.num_heads, config.kv_heads
-        self.query = projection(config, width, N * F, axes=("embed", "heads"), rngs=rngs)
-        self.key = projection(config, width, K * F, axes=("embed", "heads"), rngs=rngs)
-        self.value = projection(config, width, K * H, axes=("embed", "heads"), rngs=rngs)
-        self.out = projection(
-            config, N * H, width, axes=("heads", "embed"), rngs=rngs, is_output=True
-        )
+        super().__init__(config, rngs)
         self.normalize = config.normalize
         if self.normalize is None:
             self.normalize = is_normalized_by_default(config.feature_map)
         use_norm = not self.normalize if config.output_norm is None else config.output_norm
-        self.norm = rms_norm(H, dtype=config.dtype, rngs=rngs) if use_norm else None
+        self.norm = rms_norm(config.head_size, dtype=config.dtype, rngs=rngs) if use_norm else None
 
     def zero_sums(self, batch_size: int) -> LinearAttentionState:
         """Zeros, in float32 at least: a sum kept in bfloat16 stops growing."""
@@ -72,13 +69,6 @@ class FeatureMapMixer[C: FeatureMapConfig](Mixer):
             config.head_size, feature_map=config.feature_map, normalize=self.normalize,
             dtype=jnp.promote_types(config.dtype or "float32", jnp.float32),
         )  # fmt: skip
-
-    def heads(self, x: Array) -> tuple[Array, Array, Array]:
-        """Queries, keys and values."""
-        kv_heads = self.config.kv_heads
-        q = split_heads(self.query(x), self.config.num_heads)
-        k, v = (split_heads(layer(x), kv_heads) for layer in (self.key, self.value))
-        return q, k, v
 
     @property
     def options(self) -> dict[str, Any]:
@@ -91,9 +81,10 @@ class FeatureMapMixer[C: FeatureMapConfig](Mixer):
             "implementation": config.implementation,
         }
 
+    @override
     def project_out(self, heads: Array) -> Array:
-        """`[B,T,N,H] -> [B,T,D]`."""
-        return self.out(merge_heads(heads if self.norm is None else self.norm(heads)))
+        """Back to the width, normalised or not."""
+        return super().project_out(heads if self.norm is None else self.norm(heads))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -137,4 +128,4 @@ class LinearAttention(FeatureMapMixer[LinearAttentionConfig]):
         return self.project_out(out), state
 
     def _attend(self, x: Array, **options: Any) -> Any:
-        return ops.linear_attention(*self.heads(x), **self.options, **options)
+        return ops.linear_attention(*self.project(x), **self.options, **options)

@@ -3,7 +3,7 @@
 import abc
 import dataclasses
 import math
-from typing import Any, ClassVar, override
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -82,51 +82,6 @@ class MixerConfig(LayerConfig):
     @abc.abstractmethod
     def make(self, rngs: nnx.Rngs) -> Mixer:
         """Builds the mixer. `width` must be set by then."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class HeadsConfig(MixerConfig):
-    """What configs of mixers with heads share.
-
-    Attributes:
-      num_heads: query heads N.
-      num_kv_heads: key/value heads K, a divisor of N (grouped queries). None: N.
-      head_dim: head size H. None: `width // num_heads`.
-    """
-
-    num_heads: int = 8
-    num_kv_heads: int | None = None
-    head_dim: int | None = None
-
-    # N·H over the width, where head_dim is None.
-    value_share: ClassVar[float] = 1.0
-
-    @override
-    def validate(self) -> None:
-        super().validate()
-        self.require_positive("num_heads", "num_kv_heads", "head_dim")
-        if self.num_heads % self.kv_heads:
-            raise self.error("num_kv_heads", f"a divisor of num_heads={self.num_heads}")
-        if self.width is not None and self.head_dim is None:
-            self._head_share(self.value_share, "head_dim")
-
-    @property
-    def kv_heads(self) -> int:
-        """K."""
-        return self.num_kv_heads or self.num_heads
-
-    @property
-    def head_size(self) -> int:
-        """H."""
-        return self.head_dim or self._head_share(self.value_share, "head_dim")
-
-    def _head_share(self, share: float, field: str) -> int:
-        """The size of a head, if all heads together have a share of the model width."""
-        total = int(share * self.require_width())
-        if total % self.num_heads:
-            of = "" if share == 1 else f"{share} * "
-            raise self.error("num_heads", f"a divisor of {of}width={self.width}, or a {field}")
-        return total // self.num_heads
 
 
 def check_stream(x: Array, cached: Array) -> None:

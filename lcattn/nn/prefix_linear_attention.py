@@ -117,7 +117,7 @@ class PrefixLinearAttention(FeatureMapMixer[PrefixLinearAttentionConfig]):
         return self.project_out(heads), PrefixLinearAttentionState(sums, state.length + x.shape[1])
 
     def _attend(self, x: Array, *, prefix: Array, **options: Any) -> Any:
-        q, k, v = self.heads(x)
+        q, k, v = self.project(x)
         prefix_k, prefix_v = (
             split_heads(layer(prefix), self.config.kv_heads)
             for layer in (self.prefix_key, self.prefix_value)

@@ -9,14 +9,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from lcattn import ops
-from lcattn.nn.layers import (
-    convolution_taps,
-    merge_heads,
-    projection,
-    rms_norm,
-    split_heads,
-)
-from lcattn.nn.mixer import HeadsConfig, Mixer, check_stream, default_positions
+from lcattn.nn.heads import HeadsConfig, HeadsMixer
+from lcattn.nn.layers import convolution_taps, merge_heads, projection, rms_norm
+from lcattn.nn.mixer import check_stream, default_positions
 from lcattn.traits import Traits
 from lcattn.typing import Array, Float, Hidden, Int, Positions, SegmentIds
 
@@ -69,24 +64,20 @@ class RecurrentConfig(HeadsConfig):
             self._head_share(self.key_share, "feature_dim")
 
     @property
-    def feature_size(self) -> int:
+    @override
+    def key_size(self) -> int:
         """F."""
         return self.feature_dim or self._head_share(self.key_share, "feature_dim")
 
 
-class RecurrentMixer[C: RecurrentConfig](Mixer):
+class RecurrentMixer[C: RecurrentConfig](HeadsMixer[C]):
     """`y = Wo (norm(recurrence(q, k, v, gates of x)) * silu(Wg x))`; q, k, v convolved or not."""
 
-    config: C
-
+    @override
     def __init__(self, config: C, rngs: nnx.Rngs):
-        """Args: `config`, with its width set; `rngs`, for the parameters."""
-        self.config = config
-        width, F, H = config.require_width(), config.feature_size, config.head_size
+        super().__init__(config, rngs)
+        width, F, H = config.require_width(), config.key_size, config.head_size
         N, K = config.num_heads, config.kv_heads
-        self.query = projection(config, width, N * F, axes=("embed", "heads"), rngs=rngs)
-        self.key = projection(config, width, K * F, axes=("embed", "heads"), rngs=rngs)
-        self.value = projection(config, width, K * H, axes=("embed", "heads"), rngs=rngs)
         self.channels = (N + K) * F + K * H if config.kernel_size else 0
         if config.kernel_size:
             self.taps = convolution_taps(
@@ -95,9 +86,6 @@ class RecurrentMixer[C: RecurrentConfig](Mixer):
         if config.output_gate:
             self.gate = projection(config, width, N * H, axes=("embed", "heads"), rngs=rngs)
         self.norm = rms_norm(H, dtype=config.dtype, rngs=rngs)
-        self.out = projection(
-            config, N * H, width, axes=("heads", "embed"), rngs=rngs, is_output=True
-        )
 
     @property
     def traits(self) -> Traits:
@@ -121,14 +109,14 @@ class RecurrentMixer[C: RecurrentConfig](Mixer):
             positions = default_positions(x, segment_ids)
         q, k, v, _ = self._heads(x, segment_ids=segment_ids)
         heads, _ = self.recur(x, q, k, v, positions, segment_ids=segment_ids, **self._options)
-        return self._project_out(x, heads)
+        return self._gated_out(x, heads)
 
     def init_state(self, batch_size: int, max_length: int, dtype=None) -> RecurrentState:
         """Zeros; the memory in float32 whatever `dtype`, since it sums over all tokens."""
         del max_length
         config = self.config
         compute = config.dtype or "float32"
-        memory = (batch_size, config.kv_heads, config.feature_size, config.head_size)
+        memory = (batch_size, config.kv_heads, config.key_size, config.head_size)
         inputs = (batch_size, (config.kernel_size or 1) - 1, self.channels)
         return RecurrentState(
             memory=jnp.zeros(memory, jnp.promote_types(compute, jnp.float32)),
@@ -147,7 +135,7 @@ class RecurrentMixer[C: RecurrentConfig](Mixer):
             x, q, k, v, positions, initial_state=state.memory, **self._options
         )
         state = RecurrentState(memory, inputs.astype(state.inputs.dtype), state.length + x.shape[1])
-        return self._project_out(x, heads), state
+        return self._gated_out(x, heads), state
 
     def _heads(self, x: Array, **options: Any) -> tuple[Array, Array, Array, Any]:
         """Queries, keys and values, and the last inputs of their convolution."""
@@ -160,9 +148,7 @@ class RecurrentMixer[C: RecurrentConfig](Mixer):
                 jnp.concatenate(parts, axis=-1), self.taps[...], return_state=True, **options
             )
             parts = jnp.split(jax.nn.silu(convolved), ends, axis=-1)
-        counts = (config.num_heads, config.kv_heads, config.kv_heads)
-        q, k, v = (split_heads(part, n) for part, n in zip(parts, counts, strict=True))
-        return q, k, v, inputs
+        return *self.split(*parts), inputs
 
     @property
     def _options(self) -> dict[str, Any]:
@@ -172,7 +158,7 @@ class RecurrentMixer[C: RecurrentConfig](Mixer):
             "implementation": self.config.implementation,
         }
 
-    def _project_out(self, x: Array, heads: Array) -> Array:
+    def _gated_out(self, x: Array, heads: Array) -> Array:
         mixed = merge_heads(self.norm(heads))
         if self.config.output_gate:
             mixed = mixed * jax.nn.silu(self.gate(x))

@@ -81,7 +81,7 @@ class SelectiveAttention(SoftmaxAttention):
 
     @override
     def _heads(self, x: Hidden, positions: Positions, lengths: Int[Array, "B T"]):
-        q, k, v = self._project(x)
+        q, k, v = self.project(x)
         temperature = jnp.full((1, 1, 1), self.base, jnp.float32)
         if self.position is not None:
             seen = (

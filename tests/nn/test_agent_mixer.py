@@ -22,7 +22,7 @@ def _input(length=15):
 
 def test_published_form_on_a_grid_that_is_no_square():
     mixer, x = _make(**PUBLISHED, init_std=0.3), _input()
-    q, k, v = mixer._heads(x)
+    q, k, v = mixer.project(x)
     heads = ops.agent_attention(
         q, k, v, ops.pooled_agents(q, (2, 2), grid=(3, 5)),
         causal=False, key_bias=mixer.key_bias(), query_bias=mixer.query_bias().mT,
@@ -53,7 +53,7 @@ def test_a_centred_convolution_on_a_line():
     v = mixer.value(x)
     padded = np.pad(v, ((0, 0), (1, 1), (0, 0)))
     np.testing.assert_allclose(
-        mixer._convolve(mixer._heads(x)[2], None), padded[:, :-2] + 10 * padded[:, 2:], rtol=1e-5
+        mixer._convolve(mixer.project(x)[2], None), padded[:, :-2] + 10 * padded[:, 2:], rtol=1e-5
     )
 
 

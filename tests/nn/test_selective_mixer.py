@@ -52,7 +52,7 @@ def test_scopes():
 def test_temperatures_reach_the_op():
     mixer = _make(gate_init="xavier", position_init=0.4, position_encoding="nope")
     x = _input()
-    q, k, v = mixer._project(x)
+    q, k, v = mixer.project(x)
     temperature = 1 + 0.4 * jnp.log(jnp.arange(1, T + 1))[None, :, None] + mixer.query_gate(x, q)
     heads = ops.selective_attention(q, k, v, temperature, 1 + mixer.value_gate(x, v))
     np.testing.assert_allclose(mixer(x), mixer.out(heads.reshape(1, T, -1)), rtol=1e-4, atol=1e-6)
@@ -60,7 +60,7 @@ def test_temperatures_reach_the_op():
 
 def test_scalable_softmax_is_a_special_case():
     mixer = _make(base=0.0, position_init=0.7, position_encoding="nope")
-    q, k, v = mixer._project(_input())
+    q, k, v = mixer.project(_input())
     scaled = q * 0.7 * jnp.log(jnp.arange(1, T + 1))[None, :, None, None]
     heads = ops.softmax_attention(scaled, k, v)
     expected = mixer.out(heads.reshape(1, T, -1))

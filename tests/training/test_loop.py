@@ -162,6 +162,8 @@ def test_rows_that_do_not_divide_are_named(tmp_path):
 
 
 def test_the_second_signal_takes_its_default_course():
+    # A shell that starts the tests in the background lets them ignore Ctrl-C.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     with Interrupt() as interrupt:
         assert interrupt.signum is None
         signal.raise_signal(signal.SIGTERM)
@@ -169,3 +171,4 @@ def test_the_second_signal_takes_its_default_course():
         assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL
         assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    signal.signal(signal.SIGINT, before)

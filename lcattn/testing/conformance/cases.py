@@ -37,13 +37,15 @@ class OpCase:
       sizes: of axes other than T, where the defaults don't fit.
       implementations: their names, the plainest first: gradients of the others are held against
         its, and its against finite differences of the oracle. The last one, which should be what
-        `implementation=None` runs, goes through JAX's transformations.
+        `implementation=None` runs, goes through more sizes and JAX's transformations.
+      is_causal: earlier outputs do not depend on later tokens; False for published forms that leak.
       bidirectional: also takes `causal=False`.
       stateful: takes `initial_state` and `return_state`.
       chunk: a length at which the computation changes its course; lengths around it are tried.
       widest_dtype: "float64", or "float32" for kernels that know no wider one. Values and
         gradients are compared in it.
-      is_variant: options of an op whose sizes, dtypes and transformations another case checks.
+      is_variant: options of an op whose sizes, dtypes and transformations another case checks, and
+        whose lengths around a chunk.
       value_tolerance, gradient_tolerance: largest relative RMS error by dtype.
     """
 
@@ -60,6 +62,7 @@ class OpCase:
     )
     sizes: Sizes = dataclasses.field(default_factory=dict)
     implementations: Sequence[str | None] = ("reference", "xla")
+    is_causal: bool = True
     bidirectional: bool = False
     stateful: bool = False
     chunk: int = 8
@@ -107,6 +110,7 @@ class MixerCase:
       name: for ids and errors.
       config: builds the mixer; its width must be set.
       chunk: a length at which the computation changes its course.
+      is_variant: options of a mixer whose dtypes, memory and bridges another case checks.
       tolerance: largest relative RMS error of streaming and packing, in float32.
       low_precision_tolerance: the same of the mixer in bfloat16 against the one in float32.
     """
@@ -114,6 +118,7 @@ class MixerCase:
     name: str
     config: MixerConfig
     chunk: int = 8
+    is_variant: bool = False
     tolerance: float = 1e-5
     low_precision_tolerance: float = 2e-2
 
