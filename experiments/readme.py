@@ -140,8 +140,8 @@ def kernels() -> str:
         title = f"`{path.stem}` on one {record['device']}"
         parts.append(Table(title=title, header=header, rows=rows).markdown())
         parts.append(
-            f"`{record['command']}`, jax {record['jax']}. The floor is the larger of the least "
-            "FLOPs over the matrix rate and the least bytes over the bandwidth. Errors are "
+            f"`{record['command']}`, jax {record['jax']}. The floor is the largest of the "
+            "least FLOPs, bytes and (softplus) exp2 and log2 over their rates. Errors are "
             "relative to float64: the largest of the output and all gradients."
         )
     return "\n\n".join(parts)
