@@ -41,6 +41,7 @@ rest = ops.linear_attention(q[:, 1000:], k[:, 1000:], v[:, 1000:], initial_state
 print("streamed in two pieces, largest difference:", abs(rest - linear[:, 1000:]).max())
 """
 _WIDTH, _LENGTH = 1024, 4096
+_SOFTMAX = "cudnn_softmax"
 
 
 def example() -> str:
@@ -124,21 +125,23 @@ def kernels() -> str:
                 ours["kernel_ms"],
                 ours["call_ms"],
                 f"{100 * ours['floor_share']:.0f} %",
-                row["xla"][kind]["kernel_ms"],
+                row["xla"][kind]["kernel_ms"] if "xla" in row else "–",
+                *([row[_SOFTMAX][kind]["kernel_ms"]] if _SOFTMAX in row else []),
                 max(row["errors"].values()),
             )
             for row in record["rows"]
             for kind, ours in row["mosaic_gpu"].items()
         ]
+        softmax = ["cuDNN's softmax, ms"] if _SOFTMAX in record["rows"][0] else []
         header = (
             "case (bfloat16)", "pass", "kernels, ms", "whole call, ms", "of the floor",
-            "XLA's kernels, ms", "largest error",
+            "XLA's kernels, ms", *softmax, "largest error",
         )  # fmt: skip
         title = f"`{path.stem}` on one {record['device']}"
         parts.append(Table(title=title, header=header, rows=rows).markdown())
         parts.append(
-            f"`{record['command']}`, jax {record['jax']}. The floor is the larger of the least "
-            "FLOPs over the matrix rate and the least bytes over the bandwidth. Errors are "
+            f"`{record['command']}`, jax {record['jax']}. The floor is the largest of the "
+            "least FLOPs, bytes and (softplus) exp2 and log2 over their rates. Errors are "
             "relative to float64: the largest of the output and all gradients."
         )
     return "\n\n".join(parts)

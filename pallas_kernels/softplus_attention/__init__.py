@@ -1,0 +1,1 @@
+"""Causal length-scaled softplus attention (LSSA, LSSAR) as GPU kernels."""
