@@ -1,0 +1,114 @@
+r"""Causal gated linear attention for Hopper GPUs, in Pallas Mosaic GPU.
+
+    S_t = diag(e^{g_t}) S_{t-1} + k_t v_t^T,      o_t = scale S_t^T q_t
+
+in the chunked form: a sweep finds the state at the start of every chunk of 64 tokens (`states`),
+and then all chunks go at once (`forward`). The gradient recomputes those states, sweeps their
+gradients from the end, and again takes all chunks at once (`backward`). Exponents of decays are
+sums that no strength of decay can make overflow (`decay`).
+
+Operands of products and stored states are bfloat16; sums, decays and states in a sweep are float32.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.gated_linear_attention.backward import feature_gradients, value_gradients
+from pallas_kernels.gated_linear_attention.config import LaunchConfig, heuristic
+from pallas_kernels.gated_linear_attention.decay import Decay
+from pallas_kernels.gated_linear_attention.forward import outputs
+from pallas_kernels.gated_linear_attention.plan import Plan
+from pallas_kernels.gated_linear_attention.states import states_of_chunks
+from pallas_kernels.tiles import TILE
+
+
+def gated_linear_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    log_decay: jax.Array,
+    initial_state: jax.Array | None = None,
+    *,
+    scale: float,
+    config: LaunchConfig | None = None,
+    interpret: bool = False,
+) -> tuple[jax.Array, jax.Array]:
+    """Causal gated linear attention and its final state; differentiable in every array.
+
+    Args:
+      q: queries `[B,T,N,F]`, bfloat16; F is 64 or 128.
+      k: keys `[B,T,M,F]`; M, the number of states, divides N.
+      v: values `[B,T,M,H]`; H is 64 or 128.
+      log_decay: `[B,T,M,F]` or `[B,T,M,1]`, <= 0, -inf included; float32 or bfloat16.
+      initial_state: `[B,M,F,H]`, float32; or None for zeros.
+      scale: factor of the output.
+      config: launch parameters; default: by shape.
+      interpret: whether to run in the CPU simulator.
+
+    Returns:
+      `[B,T,N,H]` in the dtype of q, and the state after the last token, float32.
+
+    Raises:
+      ValueError: saying why these kernels do not serve the call.
+    """
+    (B, T, N, F), H = q.shape, v.shape[3]
+    reason = objection(dtype=q.dtype, F=F, H=H)
+    if reason is not None:
+        raise ValueError(f"gated_linear_attention: the mosaic_gpu kernels {reason}")
+    config = config or heuristic(B=B, T=T, N=N, F=F, H=H)
+    # Padding comes last, adds nothing to the state, and does not decay it.
+    widths = ((0, 0), (0, -T % (TILE * config.groups)), (0, 0), (0, 0))
+    log_decay = jnp.broadcast_to(log_decay, k.shape)
+    q, k, v, log_decay = (jnp.pad(x, widths) for x in (q, k, v, log_decay))
+    out, final = _attend(Plan(scale, config, interpret), q, k, v, log_decay, initial_state)
+    return out[:, :T], final
+
+
+def objection(*, dtype, F: int, H: int) -> str | None:
+    """Why the kernels do not serve a call, in words, or None."""
+    if dtype != jnp.bfloat16:
+        return f"take bfloat16, not {jnp.dtype(dtype).name}"
+    if F not in (64, 128) or H not in (64, 128):
+        return f"take keys and values of size 64 or 128, not F={F}, H={H}"
+    return None
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(plan: Plan, q, k, v, log_decay, start):
+    return _attend_forward(plan, q, k, v, log_decay, start)[0]
+
+
+def _attend_forward(plan, q, k, v, log_decay, start):
+    decay = Decay.of(log_decay)
+    states, final = states_of_chunks(plan, k, v, decay, start, reverse=False)
+    return (outputs(plan, q, k, v, decay, states), final), (q, k, v, log_decay, start)
+
+
+def _attend_backward(plan, residuals, cotangents):
+    q, k, v, log_decay, start = residuals
+    d_out, d_final = cotangents
+    decay = Decay.of(log_decay)
+    states, _ = states_of_chunks(plan, k, v, decay, start, reverse=False)
+    # One of the query heads that share a state, the first, answers for its gradient.
+    first = jnp.arange(q.shape[2]) % (q.shape[2] // k.shape[2]) == 0
+    d_end = jnp.repeat(d_final / plan.scale, q.shape[2] // k.shape[2], axis=1)
+    d_end = jnp.where(first[:, None, None], d_end, 0)
+    d_states, d_start = states_of_chunks(plan, q, d_out, decay, d_end, reverse=True)
+    dv = value_gradients(plan, q, k, d_out, decay, d_states)
+    dq, dk, dg = feature_gradients(plan, q, k, v, d_out, decay, states, d_states)
+    dk, dv, dg = (_per_state(x, k.shape[2], axis=2) for x in (dk, dv, dg))
+    dg = jnp.where(jnp.exp(log_decay) == 0, 0, dg)
+    d_start = None if start is None else plan.scale * _per_state(d_start, k.shape[2], axis=1)
+    return dq, dk.astype(k.dtype), dv.astype(v.dtype), dg.astype(log_decay.dtype), d_start
+
+
+_attend.defvjp(_attend_forward, _attend_backward)
+
+
+def _per_state(x: jax.Array, heads: int, axis: int) -> jax.Array:
+    """Sums over the query heads that share a state."""
+    if x.shape[axis] == heads:
+        return x
+    return x.reshape(*x.shape[:axis], heads, -1, *x.shape[axis + 1 :]).sum(axis=axis + 1)
