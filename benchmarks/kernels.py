@@ -34,14 +34,14 @@ class Case(Protocol):
         ...
 
     def inputs(self, seed: int) -> tuple[jax.Array, ...]:
-        """q, k, v and the gradient of the output."""
+        """q, k, v, log decays if there are any, and the gradient of the output."""
         ...
 
     def forms(self) -> Mapping[str, Callable]:
-        """Functions of (q, k, v) to time; "mosaic_gpu" is ours."""
+        """Functions of all inputs but the gradient, to time; "mosaic_gpu" is ours."""
         ...
 
-    def reference(self, q, k, v) -> jax.Array:
+    def reference(self, *arrays) -> jax.Array:
         """The op's XLA form."""
         ...
 
@@ -51,20 +51,21 @@ class Case(Protocol):
 
 
 def gradients(f: Callable) -> Callable:
-    """Output and gradients, as one function of (q, k, v, g)."""
+    """Output and gradients, as one function of the inputs and the output's gradient g."""
 
-    def run(q, k, v, g):
-        out, pull = jax.vjp(f, q, k, v)
+    def run(*arrays_and_g):
+        *arrays, g = arrays_and_g
+        out, pull = jax.vjp(f, *arrays)
         return out, *pull(g)
 
     return run
 
 
 def compile_for(case: Case, f: Callable, *, backward: bool):
-    """`f` of (q, k, v), or its gradients, compiled for a shape."""
+    """`f`, or its gradients, compiled for a shape."""
     arrays = jax.eval_shape(lambda: case.inputs(0))
     return jax.jit(gradients(f)).lower(*arrays).compile() if backward else (
-        jax.jit(f).lower(*arrays[:3]).compile()
+        jax.jit(f).lower(*arrays[:-1]).compile()
     )  # fmt: skip
 
 
@@ -78,7 +79,7 @@ def errors(case: Case, compiled) -> dict[str, float]:
     with jax.enable_x64(True):
         wide = [x[:, :, heads].astype(jnp.float64) for x in arrays]
         want = [np.asarray(x) for x in jax.jit(gradients(case.reference))(*wide)]
-    names = ("out", "dq", "dk", "dv")
+    names = ("out", "dq", "dk", "dv", "dg")[: len(got)]
     return {
         name: float(np.linalg.norm(a - b) / np.linalg.norm(b))
         for name, a, b in zip(names, got, want, strict=True)

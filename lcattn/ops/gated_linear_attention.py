@@ -16,6 +16,9 @@ from lcattn.ops.decay import (
 from lcattn.ops.triangular import halves, merge
 from lcattn.typing import Array, Float, SegmentIds
 
+# The shortest length measured, and there the kernels are several times faster: benchmarks/h200.
+_KERNELS_PAY_FROM = 1024
+
 
 def gated_linear_attention(
     q: Float[Array, "B T N F"],
@@ -74,7 +77,8 @@ def gated_linear_attention(
       return_state: also return the state after the last token (of the last document), float32.
       chunk_size: tokens a chunk C, rounded up to a power of two; default 64. Changes speed and
         memory, never the result.
-      implementation: "xla" (chunks), "reference" (token by token), or None.
+      implementation: "mosaic_gpu" (kernels for Hopper GPUs: bfloat16, F and H of 64 or 128), "xla"
+        (chunks), "reference" (token by token), or None for the best that serves the call.
 
     Returns:
       `[B,T,N,H]`, or that and the final state.
@@ -91,7 +95,10 @@ def gated_linear_attention(
         f"shape [B,T,M] or [B,T,M,F] with B, T, F = {sizes.B, sizes.T, sizes.F} and"
         f" M = N = {sizes.N} or K = {sizes.K}",
     )  # fmt: skip
-    run = dispatch.choose("gated_linear_attention", implementation)
+    run = dispatch.choose(
+        "gated_linear_attention", implementation, sizes=sizes, dtype=jnp.result_type(q, k, v),
+        chunk_size=chunk_size,
+    )  # fmt: skip
 
     if log_decay.ndim == 3:
         log_decay = log_decay[..., None]
@@ -166,9 +173,44 @@ def _carry(state: Array, decay: Array, writes: Array) -> tuple[Array, Array]:
     return states, final
 
 
+def _kernels(q, k, v, log_decay, state, *, chunk):
+    from pallas_kernels.gated_linear_attention import mosaic_gpu
+
+    del chunk
+    B, T, M, G, F = q.shape
+    out, state = mosaic_gpu.gated_linear_attention(
+        q.reshape(B, T, M * G, F), k, v, log_decay, state, scale=1.0
+    )
+    return out.reshape(B, T, M, G, -1), state
+
+
+def _kernels_objection(
+    *, sizes: checks.Sizes, dtype: jnp.dtype, chunk_size: int | None
+) -> str | None:
+    """Why the kernels cannot serve a call, in words."""
+    del chunk_size
+    if not dispatch.on_hopper():
+        return "needs a Hopper GPU (compute capability 9.0)"
+    # Imported where it can run: it takes longer to import than the rest of the ops.
+    from pallas_kernels.gated_linear_attention import mosaic_gpu
+
+    return mosaic_gpu.objection(dtype=dtype, F=sizes.F, H=sizes.H)
+
+
+def _kernels_pay(*, sizes: checks.Sizes, dtype: jnp.dtype, chunk_size: int | None) -> bool:
+    """Whether the kernels are the better choice where they can serve.
+
+    They walk chunks of their own size, and compilers cannot partition them: over several devices
+    they belong inside `shard_map`, and only who writes that can tell.
+    """
+    del dtype
+    return sizes.T >= _KERNELS_PAY_FROM and chunk_size is None and jax.device_count() == 1
+
+
 dispatch.declare(
     "gated_linear_attention",
     {
+        "mosaic_gpu": dispatch.Implementation(_kernels, _kernels_objection, _kernels_pay),
         "xla": dispatch.Implementation(_chunked),
         "reference": dispatch.Implementation(_token_by_token),
     },

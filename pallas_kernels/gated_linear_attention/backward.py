@@ -22,7 +22,14 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.gated_linear_attention.decay import Decay, after, over_levels, summed, up_to
+from pallas_kernels.gated_linear_attention.decay import (
+    LOWEST,
+    Decay,
+    after,
+    over_levels,
+    summed,
+    up_to,
+)
 from pallas_kernels.gated_linear_attention.forward import scores_of_chunk, times
 from pallas_kernels.gated_linear_attention.plan import Chunk, Plan, fetch, shared
 from pallas_kernels.tiles import ALONG_COLUMNS, TILE, WGMMA, iota, over_rows
@@ -153,20 +160,27 @@ def feature_gradients(
         keys[...] = (change - high.astype(jnp.float32)).astype(jnp.bfloat16)
         square[...] = past
         plgpu.commit_smem()
+        # Not `accumulate`: of two products of one matrix in registers the second came out wrong.
         total = products.product(_matrix(iota(1) >= iota(0)), queries)
-        total = products.accumulate(total, _matrix(iota(1) >= iota(0)), keys)
-        total = products.accumulate(total, _matrix(iota(1) < iota(0)), square)
+        total += products.product(_matrix(iota(1) >= iota(0)), keys)
+        total += products.product(_matrix(iota(1) < iota(0)), square)
         factor = decay.factor.at[here.gate(decay, N)].at[features]
         last = plgpu.load(factor, layout=ALONG_COLUMNS, optimized=False)
         last *= plgpu.load(through, layout=ALONG_COLUMNS)
-        here.of_tokens(dg, N).at[:, features][...] = plan.scale * (total + over_rows(last))
+        total = plan.scale * (total + over_rows(last))
+        forgets = _load(terms.at[pl.ds(0, TILE)]) < LOWEST
+        target = here.of_tokens(dg, N).at[:, features]
+        _store(target, jnp.where(forgets, 0.0, total), square)
         plgpu.wait_smem_to_gmem(0)
 
     return plan.launch(
         gated_linear_attention_feature_gradients, q, k, v, d_out, decay, states, d_states,
         grid={"batch": B, "chunk": T // TILE, "slice": F // TILE, "head": N},
         out_type=tuple(
-            jax.ShapeDtypeStruct(q.shape, dtype) for dtype in (q.dtype, _summable(q, k), jnp.float32)
+            jax.ShapeDtypeStruct(q.shape, dtype)
+            for dtype in (
+                q.dtype, _summable(q, k), _summable(q, k) if decay.rows == TILE else jnp.float32
+            )
         ),
         scratch={
             "query": shared(TILE, TILE), "key": shared(TILE, TILE), "value": shared(TILE, H),

@@ -29,6 +29,9 @@ from pallas_kernels.tiles import TILE, iota
 LEVELS = 7
 """Products that A takes at any decay."""
 
+LOWEST = -104.0
+"""Log decays below leave nothing in float32."""
+
 _MIDDLE = 5  # log2 of half a chunk
 _MILD = 60.0
 _NO_STATE_LEFT = -1e30  # stands for -inf, of which products with 0 would make NaN
@@ -68,7 +71,7 @@ class Decay(NamedTuple):
         sums = jnp.sum(
             log_decay.reshape(B, T // TILE, 2, TILE // 2, M, F), axis=3, dtype=jnp.float32
         )
-        mild = jnp.min(sums, axis=(2, 4)) >= -_MILD
+        mild = sums.min(axis=4).min(axis=2) >= -_MILD  # in this order a third of the time
         return cls(terms, jnp.exp(sums.sum(axis=2)), jnp.where(mild, 1, LEVELS).astype(jnp.int32))
 
 

@@ -99,7 +99,6 @@ def _attend_backward(plan, residuals, cotangents):
     dv = value_gradients(plan, q, k, d_out, decay, d_states)
     dq, dk, dg = feature_gradients(plan, q, k, v, d_out, decay, states, d_states)
     dk, dv, dg = (_per_state(x, k.shape[2], axis=2) for x in (dk, dv, dg))
-    dg = jnp.where(jnp.exp(log_decay) == 0, 0, dg)
     d_start = None if start is None else plan.scale * _per_state(d_start, k.shape[2], axis=1)
     return dq, dk.astype(k.dtype), dv.astype(v.dtype), dg.astype(log_decay.dtype), d_start
 

@@ -1,0 +1,121 @@
+"""The Hopper kernels without a GPU: simulated, against the recurrence, and lowered for CUDA."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lcattn.ops import gated_linear_attention
+from pallas_kernels.gated_linear_attention.config import LaunchConfig, heuristic
+from pallas_kernels.gated_linear_attention.mosaic_gpu import gated_linear_attention as kernel
+
+
+def inputs(B, T, N, M, F, H, strength, dtype, seed=0):
+    """q, k, v, log decays, an initial state; cotangents of the output and of the final state."""
+    draw = np.random.default_rng(seed)
+
+    def normal(*shape, dtype=jnp.bfloat16):
+        return jnp.asarray(draw.normal(size=shape), dtype)
+
+    log_decay = -strength * np.abs(draw.normal(size=(B, T, M, F)))
+    if strength > 1:
+        log_decay[:, 17] = -np.inf
+    arrays = (
+        normal(B, T, N, F), normal(B, T, M, F), normal(B, T, M, H),
+        jnp.asarray(log_decay, dtype), normal(B, M, F, H, dtype=jnp.float32),
+    )  # fmt: skip
+    return arrays, (normal(B, T, N, H), normal(B, M, F, H, dtype=jnp.float32))
+
+
+def recurrence(q, k, v, log_decay, start):
+    wide = (x.astype(jnp.float32) for x in (q, k, v, log_decay))
+    return gated_linear_attention(
+        *wide, scale=0.3, initial_state=start, return_state=True, implementation="reference"
+    )
+
+
+def simulated(groups):
+    return lambda *arrays: kernel(
+        *arrays, scale=0.3, config=LaunchConfig(groups=groups), interpret=True
+    )
+
+
+def assert_close(got, want, tolerance):
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+        assert np.linalg.norm(a - b) <= tolerance * np.linalg.norm(b)
+
+
+CASES = {
+    # name: (B, T, N, M, F, H, strength, dtype), groups
+    "mild, ragged, a state of two heads": ((1, 100, 2, 1, 64, 64, 0.1, jnp.bfloat16), 2),
+    "strong, with resets, float32 decays": ((1, 64, 1, 1, 64, 64, 5.0, jnp.float32), 1),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_values_and_final_state_agree_with_the_recurrence(name):
+    shape, groups = CASES[name]
+    arrays, _ = inputs(*shape)
+    got = jax.jit(simulated(groups))(*arrays)
+    assert got[0].dtype == jnp.bfloat16
+    assert_close(got, jax.jit(recurrence)(*arrays), 5e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
+def test_every_gradient_agrees_with_the_recurrence(name):
+    shape, groups = CASES[name]
+    arrays, cotangents = inputs(*shape)
+    wide = (cotangents[0].astype(jnp.float32), cotangents[1])
+    got = jax.jit(lambda *x: jax.vjp(simulated(groups), *x)[1](cotangents))(*arrays)
+    want = jax.jit(lambda *x: jax.vjp(recurrence, *x)[1](wide))(*arrays)
+    assert_close(got, want, 6e-3)
+
+
+@pytest.mark.parametrize(
+    ("B", "T", "N", "M", "F", "H", "dtype"),
+    [(1, 32768, 16, 16, 128, 128, jnp.bfloat16), (2, 1000, 4, 2, 64, 128, jnp.float32)],
+    ids=str,
+)
+def test_gradients_lower_for_cuda(B, T, N, M, F, H, dtype):
+    def loss(*arrays):
+        return kernel(*arrays, scale=1.0)[0].astype(jnp.float32).sum()
+
+    arrays = [
+        jax.ShapeDtypeStruct((B, T, heads, size), dtype)
+        for heads, size, dtype in (
+            (N, F, jnp.bfloat16), (M, F, jnp.bfloat16), (M, H, jnp.bfloat16), (M, F, dtype)
+        )
+    ]  # fmt: skip
+    gradient = jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3)))
+    text = gradient.trace(*arrays).lower(lowering_platforms=("cuda",)).as_text()
+    assert "mosaic_gpu" in text
+
+
+def test_a_sequence_is_split_until_the_chip_is_full():
+    assert heuristic(B=1, T=32768, N=16, F=128, H=128).groups == 8
+    assert heuristic(B=16, T=2048, N=16, F=128, H=128).groups == 1
+    assert heuristic(B=1, T=100, N=1, F=64, H=64).groups == 2  # no more than there are chunks
+
+
+@pytest.mark.parametrize("field", ["groups", "stages"])
+def test_launch_parameters_are_checked(field):
+    with pytest.raises(ValueError, match=rf"LaunchConfig.{field}: expected a whole number from 1"):
+        LaunchConfig(**{field: 0})
+
+
+@pytest.mark.parametrize(
+    ("dtype", "size", "message"),
+    [(jnp.float32, 64, "take bfloat16, not float32"), (jnp.bfloat16, 96, "64 or 128, not F=96")],
+)
+def test_a_call_that_is_not_served_is_told_why(dtype, size, message):
+    x = jnp.ones((1, 64, 1, size), dtype)
+    with pytest.raises(ValueError, match=message):
+        kernel(x, x, x, -x, scale=1.0)
+
+
+def test_the_op_says_what_the_kernels_need():
+    q = jnp.ones((1, 64, 1, 64), jnp.bfloat16)
+    with pytest.raises(ValueError, match="'mosaic_gpu' needs a Hopper GPU"):
+        gated_linear_attention(q, q, q, -q, implementation="mosaic_gpu")
