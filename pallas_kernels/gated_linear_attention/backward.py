@@ -1,4 +1,4 @@
-r"""Gradients, every chunk by itself, from the states at its start and their gradients dS at its end.
+r"""Gradients, every chunk by itself, from the state S at its start and its gradient dS at its end.
 
     dV = A^T dO + (K e^{G_C - G}) dS
     dQ = e^G dO S^T       + sum over levels of e^.. (dA (K e^..))         dA = dO V^T, causal

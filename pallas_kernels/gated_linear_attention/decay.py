@@ -1,8 +1,9 @@
 r"""Decays inside a chunk of 64 tokens: sums of log decays, as products with matrices of 0 and 1.
 
 Such a product, summed in float32, is exact but for the sum's own rounding, and each entry is a sum
-of the terms it is made of: nothing cancels. Operands are bfloat16; a float32 log decay is the sum of
-two such terms.
+of the terms it is made of: nothing cancels. Operands are bfloat16; a float32 log decay is the sum
+of two such terms. They are not two products summed in one accumulator: of two products of one
+matrix in registers, the second came out wrong on the chip.
 
 Scores with decays, A_ts = sum_c q_tc k_sc e^{G_tc - G_sc}, take a product of matrices with the
 factor split between q and k at a border. For h = 32, 16 ... 1, the right one of two neighbouring
@@ -71,7 +72,7 @@ class Decay(NamedTuple):
         sums = jnp.sum(
             log_decay.reshape(B, T // TILE, 2, TILE // 2, M, F), axis=3, dtype=jnp.float32
         )
-        mild = sums.min(axis=4).min(axis=2) >= -_MILD  # in this order a third of the time
+        mild = sums.min(axis=4).min(axis=2) >= -_MILD
         return cls(terms, jnp.exp(sums.sum(axis=2)), jnp.where(mild, 1, LEVELS).astype(jnp.int32))
 
 
