@@ -74,8 +74,8 @@ def gated_linear_attention(
       return_state: also return the state after the last token (of the last document), float32.
       chunk_size: tokens a chunk C, rounded up to a power of two; default 64. Changes speed and
         memory, never the result.
-      implementation: "mosaic_gpu" (kernels for Hopper GPUs: bfloat16, F = H = 128; only when named),
-        "xla" (chunks), "reference" (token by token), or None.
+      implementation: "mosaic_gpu" (kernels for Hopper GPUs: bfloat16, F = H = 128; only when
+        named), "xla" (chunks), "reference" (token by token), or None.
 
     Returns:
       `[B,T,N,H]`, or that and the final state.

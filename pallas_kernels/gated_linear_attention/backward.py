@@ -12,6 +12,9 @@ The log decay of token t stands in every exponent from a token before it to one 
 Pairs within the chunk that t does not part are in both of the first sums and have to cancel: both
 are formed of the same rounded operands, and then they do. All else only adds up.
 
+Floor of forward and backward at the shape in `forward`: 2 GB moved, 0.47 ms. Reached on an H200:
+2.56 ms, of it 1.14 here, 1.0 in six sweeps over states, 0.25 for outputs, the rest in XLA.
+
 One kernel finds dV. A second finds the rest, 64 features a CTA: factors e^.. take the registers of
 a tile each.
 """

@@ -4,11 +4,11 @@ r"""Outputs, every chunk by itself.
 
 with S the state that the chunk starts from (`states`) and A the scores with decays (`decay`).
 
-Floor at F = H = 128, bfloat16, 32768 tokens x 16 heads: q, k, v, the log decays and the output moved
-once are 671 MB, 0.156 ms at 4.3 TB/s; matrix work, 7.3 MFLOP a chunk where decays are mild, is 0.075
-ms at 800 TFLOP/s. Reached on an H200: 0.725 ms, 22 % of it. That is traffic: two sweeps (0.33) read
-k, v and decays twice, the states of chunks are 268 MB written and read (`outputs` takes 0.25), and
-XLA clamps decays and sums them up (0.14).
+Floor at F = H = 128, bfloat16, 32768 tokens x 16 heads: q, k, v, the log decays and the output
+moved once are 671 MB, 0.156 ms at 4.3 TB/s; matrix work, 7.3 MFLOP a chunk where decays are mild,
+is 0.075 ms at 800 TFLOP/s. Reached on an H200: 0.725 ms, 22 % of it. That is traffic: two sweeps
+(0.33) read k, v and decays twice, the states of chunks are 268 MB written and read (`outputs`
+takes 0.25), and XLA clamps decays and sums them up (0.14).
 """
 
 import jax
