@@ -1,6 +1,7 @@
 """Data: tasks, corpora, and the way from rows to batches.
 
-- tasks a script trains on: `MQARTaskConfig`, `TextTaskConfig` (both make a `Task`);
+- tasks a script trains on: `MQARTaskConfig`, `TextTaskConfig`, `ExtrapolationTaskConfig` (each
+  makes a `Task`);
 - rows: `MQARConfig` (computed), `PackedText` (of `Documents`), `Records` (stored one by one);
 - text: `TextFolderConfig`, `standard_library`, `CorpusConfig` (by name), `ByteTokenizer`;
 - batches: `DataConfig`, `Batches`, `BatchIterator`, `check_batch`, `mask_prefix`;
@@ -11,6 +12,7 @@ Builders of tensorflow-datasets are in `lcattn.tasks.tfds_builders`, which is im
 
 from lcattn.tasks.batch import Batch, check_batch
 from lcattn.tasks.corpus import CorpusConfig
+from lcattn.tasks.extrapolation import ExtrapolationTask, ExtrapolationTaskConfig
 from lcattn.tasks.metrics import accuracy
 from lcattn.tasks.mqar import MQAR, PAPER_TEST, PAPER_TRAIN, MQARConfig
 from lcattn.tasks.ngram import NGramModel
@@ -31,6 +33,8 @@ __all__ = [
     "CorpusConfig",
     "DataConfig",
     "Documents",
+    "ExtrapolationTask",
+    "ExtrapolationTaskConfig",
     "MQARConfig",
     "MQARTask",
     "MQARTaskConfig",

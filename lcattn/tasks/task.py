@@ -94,7 +94,7 @@ class MQARTask:
 
     def evaluation(self) -> dict[str, Sequence[Batch]]:
         """The test rows, one slice for each length and number of pairs."""
-        data = _for_evaluation(self.config.data, self.config.eval_batch_size)
+        data = for_evaluation(self.config.data, self.config.eval_batch_size)
         return {test.name: data.batches(test.make("test")) for test in self.config.evaluation}
 
 
@@ -151,12 +151,12 @@ class TextTask:
 
     def evaluation(self) -> dict[str, Sequence[Batch]]:
         """The held-out text, in a random order, so that any first batches are a fair sample."""
-        data = _for_evaluation(self.config.data, self.config.eval_batch_size)
+        data = for_evaluation(self.config.data, self.config.eval_batch_size)
         batches = data.replace(shuffle=True).batches(self._heldout_rows)
         return {"heldout": batches[: self.config.max_eval_batches]}
 
 
-def _for_evaluation(data: DataConfig, batch_size: int | None) -> DataConfig:
+def for_evaluation(data: DataConfig, batch_size: int | None) -> DataConfig:
     """One pass over all rows in their order."""
     return data.replace(
         batch_size=batch_size or data.batch_size, shuffle=False, num_epochs=1, drop_remainder=False
