@@ -79,6 +79,9 @@ def fill(
         raise argument_error("recall.model", f"{PLACE!r} in its pattern", model.pattern)
     if not mechanisms or not all(mechanisms.values()):
         raise argument_error("recall.mechanisms", "at least one config a mechanism", mechanisms)
+    for mechanism, mixers in mechanisms.items():
+        if len(set(mixers)) < len(mixers):
+            raise argument_error("recall.mechanisms", "configs that differ", f"{mechanism!r} twice")
     return {
         mechanism: {
             ", ".join([mechanism, *size]): model.replace(mixers={**model.mixers, PLACE: mixer})
