@@ -87,7 +87,10 @@ def test_end_to_end_and_again(argv, tmp_path):
     [
         ("LMConfig.vocab_size=16", "LMConfig.vocab_size: expected at least the task's 32, got 16"),
         ("small/SoftmaxAttentionConfig.window=0", "window: expected a value greater than 0"),
-        ("small/SoftmaxAttentionConfig.window=4", "expected configs that differ, got 'window' twice"),
+        (
+            "small/SoftmaxAttentionConfig.window=4",
+            "expected configs that differ, got 'window' twice",
+        ),
         ("recall.mechanisms={'a': (3,)}", "recall.mechanisms: expected"),
         ("recall.mechanisms={}", "recall.mechanisms: expected at least one config a mechanism"),
         (
