@@ -216,7 +216,7 @@ def longest(results: Mapping[str, Any]) -> list[list[Any]]:
     return [
         [
             results["op"], name, kind, row["length"], row["device_ms"] or row["ms"]["median"],
-            show_bytes(row["temp_bytes"] or 0), row["status"],
+            f"{100 * row['floor_share']:.0f} %", show_bytes(row["temp_bytes"] or 0),
         ]
         for (name, kind), row in last.items()
     ]  # fmt: skip

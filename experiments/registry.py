@@ -18,6 +18,7 @@ CONFIGURABLES = (
     nn.LinearAttentionConfig,
     nn.PrefixLinearAttentionConfig,
     nn.RetentionConfig,
+    nn.RoutingAttentionConfig,
     nn.SelectiveAttentionConfig,
     nn.ShortConvolutionConfig,
     nn.SoftmaxAttentionConfig,

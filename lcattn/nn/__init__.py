@@ -2,6 +2,7 @@
 
 from lcattn.nn.agent_attention import AgentAttention, AgentAttentionConfig, AgentState
 from lcattn.nn.attention import AttentionConfig, AttentionMixer, CachedAttention, KeyValueCache
+from lcattn.nn.auxiliary import AuxiliaryLoss, auxiliary_loss
 from lcattn.nn.core_context_attention import CoreContextAttention, CoreContextAttentionConfig
 from lcattn.nn.gated_delta_net import DeltaNetConfig, GatedDeltaNet, GatedDeltaNetConfig
 from lcattn.nn.gated_linear_attention import (
@@ -19,6 +20,7 @@ from lcattn.nn.prefix_linear_attention import (
     PrefixLinearAttentionState,
 )
 from lcattn.nn.recurrent import RecurrentState
+from lcattn.nn.routing_attention import RoutingAttention, RoutingAttentionConfig, RoutingState
 from lcattn.nn.selective_attention import SelectiveAttention, SelectiveAttentionConfig
 from lcattn.nn.short_convolution import (
     ConvolutionState,
@@ -34,6 +36,7 @@ __all__ = [
     "AgentState",
     "AttentionConfig",
     "AttentionMixer",
+    "AuxiliaryLoss",
     "CachedAttention",
     "ConvolutionState",
     "CoreContextAttention",
@@ -55,6 +58,9 @@ __all__ = [
     "PrefixLinearAttentionState",
     "RecurrentState",
     "RetentionConfig",
+    "RoutingAttention",
+    "RoutingAttentionConfig",
+    "RoutingState",
     "SelectiveAttention",
     "SelectiveAttentionConfig",
     "ShortConvolution",
@@ -64,4 +70,5 @@ __all__ = [
     "SoftplusAttention",
     "SoftplusAttentionConfig",
     "SwiGLU",
+    "auxiliary_loss",
 ]

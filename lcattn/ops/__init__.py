@@ -31,6 +31,11 @@ from lcattn.ops.linear_attention import (
     prefix_linear_attention,
 )
 from lcattn.ops.positions import alibi_slopes, rotary, segment_positions
+from lcattn.ops.routing_attention import (
+    RoutingAttentionState,
+    routing_attention,
+    routing_attention_state,
+)
 from lcattn.ops.selective_attention import selective_attention
 from lcattn.ops.short_convolution import short_convolution
 from lcattn.ops.softmax_attention import softmax_attention
@@ -41,6 +46,7 @@ __all__ = [
     "CoreContextState",
     "FeatureMap",
     "LinearAttentionState",
+    "RoutingAttentionState",
     "UnsupportedImplementationError",
     "agent_attention",
     "agent_attention_state",
@@ -54,6 +60,8 @@ __all__ = [
     "pooled_agents",
     "prefix_linear_attention",
     "rotary",
+    "routing_attention",
+    "routing_attention_state",
     "segment_positions",
     "selective_attention",
     "short_convolution",

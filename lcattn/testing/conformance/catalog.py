@@ -164,6 +164,21 @@ def _core_context_case(
     )
 
 
+def _routing_case(strict: bool, **fields) -> OpCase:
+    options = {"cluster_size": 4, "strict": strict}
+    return OpCase(
+        name=f"routing_attention[{'strict' if strict else 'published'}]",
+        op=ops.routing_attention,
+        oracle=functools.partial(oracles.routing_attention, **options),
+        inputs={"q": "B T N F", "v": "B T K H", "centroids": "N C F"},
+        sizes={"C": 3, "F": 8},
+        options=options,
+        is_causal=strict,
+        bidirectional=not strict,
+        **fields,
+    )
+
+
 def _temperatures(rng, shape):
     return rng.uniform(0.2, 3, shape)
 
@@ -224,6 +239,8 @@ OPS: tuple[OpCase, ...] = (
     _core_context_case(4, 2, is_variant=True),
     _core_context_case(3, 100, chunk=256, sizes=_FEW, is_variant=True),
     _core_context_case(3, 5, share_cores=True, is_variant=True),
+    _routing_case(strict=True),
+    _routing_case(strict=False),
     OpCase(
         name="selective_attention",
         op=ops.selective_attention,
@@ -264,6 +281,13 @@ def _core_context_mixer(name: str, **fields) -> MixerCase:
     return MixerCase(name=f"CoreContextAttention[{name}]", config=config)
 
 
+def _routing_mixer(name: str, **fields) -> MixerCase:
+    config = nn.RoutingAttentionConfig(
+        width=16, num_heads=4, num_clusters=3, cluster_size=4, window=5, **fields
+    )
+    return MixerCase(name=f"RoutingAttention[{name}]", config=config)
+
+
 def _selective_mixer(name: str, **fields) -> MixerCase:
     config = nn.SelectiveAttentionConfig(
         width=16, num_heads=4, gate_init="xavier", position_init=0.3, **fields
@@ -286,7 +310,9 @@ def _gated_mixer(name: str, kind=nn.GatedLinearAttentionConfig, **fields) -> Mix
 
 def _delta_mixer(name: str, kind=nn.GatedDeltaNetConfig, **fields) -> MixerCase:
     config = kind(width=16, num_heads=4, chunk_size=8, **fields)
-    return MixerCase(name=f"GatedDeltaNet[{name}]", config=config)
+    # A write depends on all before it, so roundings of keys and strengths add up: over 12 draws of
+    # parameters bfloat16 came within 0.014 to 0.051 of float32 (gated linear attention: 0.015).
+    return MixerCase(name=f"GatedDeltaNet[{name}]", config=config, low_precision_tolerance=6e-2)
 
 
 def _variant(case: MixerCase) -> MixerCase:
@@ -331,6 +357,10 @@ MIXERS: tuple[MixerCase, ...] = (
     _core_context_mixer("rope"),
     _variant(_core_context_mixer("nope,grouped", position_encoding="nope", num_kv_heads=2)),
     _variant(_core_context_mixer("rope,grouped,share_cores", num_kv_heads=2, share_cores=True)),
+    _routing_mixer("strict,grouped", num_kv_heads=2),
+    _variant(
+        _routing_mixer("published,nope", strict=False, position_encoding="nope", num_local_heads=0)
+    ),
     _selective_mixer("raw"),
     _variant(
         _selective_mixer(

@@ -81,6 +81,36 @@ def core_context_attention(
     return out
 
 
+def routing_attention(
+    inputs: Inputs,
+    segment_ids: np.ndarray | None,
+    *,
+    causal: bool = True,
+    cluster_size: int,
+    strict: bool,
+) -> np.ndarray:
+    """Softmax among the last tokens of one's cluster, or averaged over balanced clusters."""
+    q, v = inputs["q"], inputs["v"]
+    x = q - q.mean(axis=-1, keepdims=True)
+    x /= np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + 1e-6)
+    out, times = np.zeros((*q.shape[:3], v.shape[-1])), np.zeros((*q.shape[:3], 1))
+    for b, t, n, head, seen in _queries(q, v, segment_ids, causal):
+        document = _visible(b, t, q.shape[1], segment_ids, causal=False)
+        affinity = x[b, :, n] @ inputs["centroids"][n].T
+        for c, column in enumerate(affinity.T):
+            if strict:
+                keys = seen[affinity[seen].argmax(axis=-1) == c][-cluster_size:]
+            else:
+                nearest = document[np.argsort(-column[document], kind="stable")]
+                keys = np.intersect1d(nearest[:cluster_size], document)
+            if t in keys:
+                keys = np.intersect1d(keys, seen)
+                weights = _softmax(x[b, keys, n] @ x[b, t, n] / np.sqrt(q.shape[-1]))
+                out[b, t, n] += weights @ v[b, keys, head]
+                times[b, t, n] += 1
+    return out / np.maximum(times, 1)
+
+
 def selective_attention(
     inputs: Inputs, segment_ids: np.ndarray | None, *, causal: bool = True
 ) -> np.ndarray:
