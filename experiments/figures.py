@@ -13,7 +13,7 @@ from matplotlib.figure import Figure as Canvas
 
 # Okabe and Ito (2008), black last. Every curve also has a marker of its own.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442", "#000000")
-_TOO_LIGHT = "#F0E442"  # for text, and thin lines of text
+_DARKER = {"#F0E442": "#8A7F00"}  # for text on white
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 
 _STYLE = {
@@ -56,7 +56,6 @@ class Panel:
       series: what is drawn.
       xscale, yscale: "log2" marks powers of 2 by their values.
       ylim: None fits the data.
-      xlim: None fits the data.
       direct_labels: name each curve at its last point, beside the axes, where many curves make a
         legend hard to follow. The panel is then larger.
     """
@@ -67,7 +66,6 @@ class Panel:
     title: str = ""
     xscale: Literal["linear", "log", "log2"] = "linear"
     yscale: Literal["linear", "log", "log2"] = "linear"
-    xlim: tuple[float, float] | None = None
     ylim: tuple[float, float] | None = None
     direct_labels: bool = False
 
@@ -163,8 +161,6 @@ def _draw(axes: Axes, panel: Panel, looks: dict[str, tuple[str, str]]) -> None:
     _scale(axes, "x", panel.xscale)
     _scale(axes, "y", panel.yscale)
     axes.set(xlabel=panel.xlabel, ylabel=panel.ylabel, title=panel.title)
-    if panel.xlim is not None:
-        axes.set_xlim(panel.xlim)
     if panel.ylim is not None:
         axes.set_ylim(panel.ylim)
     if panel.direct_labels:
@@ -184,7 +180,7 @@ def _name_curves(axes: Axes, panel: Panel, looks: dict[str, tuple[str, str]]) ->
         color, _ = looks[label]
         axes.annotate(
             label, xy=ends[label], xytext=(1.04, height), textcoords="axes fraction",
-            fontsize=8, va="center", color=color if color != _TOO_LIGHT else "#8a7f00",
+            fontsize=8, va="center", color=_DARKER.get(color, color),
             annotation_clip=False,
             arrowprops={
                 "arrowstyle": "-", "color": color, "linewidth": 0.7, "alpha": 0.6, "shrinkB": 4,

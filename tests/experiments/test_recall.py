@@ -89,10 +89,11 @@ def test_end_to_end_and_again(argv, tmp_path):
         ("small/SoftmaxAttentionConfig.window=0", "window: expected a value greater than 0"),
         (
             "small/SoftmaxAttentionConfig.window=4",
-            "expected configs that differ, got 'window' twice",
+            "recall.mechanisms: expected for 'window' configs that differ in some field",
         ),
         ("recall.mechanisms={'a': (3,)}", "recall.mechanisms: expected"),
-        ("recall.mechanisms={}", "recall.mechanisms: expected at least one config a mechanism"),
+        ("recall.mechanisms={}", "models: expected at least one"),
+        ("recall.mechanisms={'a': ()}", "expected for 'a' configs that differ in some field"),
         (
             "LMConfig.mixers={'other': @ShortConvolutionConfig()}\nLMConfig.pattern=('other',)",
             "recall.model: expected 'mixer' in its pattern",
