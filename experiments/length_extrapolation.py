@@ -48,15 +48,16 @@ def length_extrapolation(
     start, environment = time.monotonic(), reporting.environment()
     text = task.make()
     runs = train_each(models, text, training, run_dir / "models")
+    records = {name: record for name, _, record in runs}
     results = {
         "script": "length_extrapolation",
         "environment": environment,
-        "models": {name: record for name, _, record in runs},
+        "seconds": time.monotonic() - start,
+        "models": records,
         "length": task.length,
         "judged_bytes": int(text.judged_documents.data.size),
         "judged_documents": len(text.judged_documents),
     }
-    results["seconds"] = time.monotonic() - start
     reporting.publish(results, report, run_dir)
 
 
