@@ -15,6 +15,7 @@ CONFIGURABLES = (
     nn.DeltaNetConfig,
     nn.GatedDeltaNetConfig,
     nn.GatedLinearAttentionConfig,
+    nn.HyperAttentionConfig,
     nn.LinearAttentionConfig,
     nn.PrefixLinearAttentionConfig,
     nn.RetentionConfig,
@@ -38,6 +39,7 @@ CONFIGURABLES = (
     benchmarks.GatedDeltaRuleBenchmark,
     benchmarks.GatedLinearAttentionBenchmark,
     benchmarks.LinearAttentionBenchmark,
+    benchmarks.MechanismsBenchmark,
     benchmarks.ShortConvolutionBenchmark,
     benchmarks.SoftmaxAttentionBenchmark,
 )

@@ -11,6 +11,7 @@ from lcattn.nn.gated_linear_attention import (
     RetentionConfig,
 )
 from lcattn.nn.heads import HeadsConfig, HeadsMixer
+from lcattn.nn.hyper_attention import HyperAttention, HyperAttentionConfig
 from lcattn.nn.layers import SwiGLU
 from lcattn.nn.linear_attention import LinearAttention, LinearAttentionConfig
 from lcattn.nn.mixer import Mixer, MixerConfig
@@ -48,6 +49,8 @@ __all__ = [
     "GatedLinearAttentionConfig",
     "HeadsConfig",
     "HeadsMixer",
+    "HyperAttention",
+    "HyperAttentionConfig",
     "KeyValueCache",
     "LinearAttention",
     "LinearAttentionConfig",

@@ -23,6 +23,7 @@ from lcattn.ops.core_context_attention import (
 from lcattn.ops.dispatch import UnsupportedImplementationError
 from lcattn.ops.gated_delta_rule import gated_delta_rule
 from lcattn.ops.gated_linear_attention import gated_linear_attention
+from lcattn.ops.hyper_attention import hyper_attention
 from lcattn.ops.linear_attention import (
     FeatureMap,
     LinearAttentionState,
@@ -55,6 +56,7 @@ __all__ = [
     "core_context_attention_state",
     "gated_delta_rule",
     "gated_linear_attention",
+    "hyper_attention",
     "linear_attention",
     "linear_attention_state",
     "pooled_agents",

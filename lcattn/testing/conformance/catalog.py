@@ -9,6 +9,7 @@ import numpy as np
 
 from lcattn import nn, ops
 from lcattn.nn.layers import unit_norm
+from lcattn.ops.hyper_attention import draws
 from lcattn.testing.conformance import oracles
 from lcattn.testing.conformance.cases import MixerCase, OpCase
 
@@ -179,6 +180,30 @@ def _routing_case(strict: bool, **fields) -> OpCase:
     )
 
 
+_HYPER = {"block_size": 4, "min_seq_len": 8}
+_SAMPLES = 3
+
+
+@functools.cache
+def _planes(size: int) -> np.ndarray:
+    # No token lies so near to one of these that a finite difference takes it across.
+    return np.random.default_rng(size + 1).standard_normal((size, 3)).astype(np.float32)
+
+
+@functools.cache
+def _sample(seed: float, draw_id: int, population: int) -> np.ndarray:
+    drawn = draws.sample(jax.random.key(int(seed)), draw_id, population, _SAMPLES)
+    return np.asarray(drawn)
+
+
+def _seeded_hyper_attention(q, k, v, seeds, **options):
+    """With a key for each row and head, which a mesh then spreads as it does queries."""
+    keys = jax.vmap(jax.vmap(jax.random.key))(seeds.astype(jnp.int32))
+    return ops.hyper_attention(
+        q, k, v, jnp.asarray(_planes(q.shape[-1])), rng=keys, sample_size=_SAMPLES, **options
+    )
+
+
 def _temperatures(rng, shape):
     return rng.uniform(0.2, 3, shape)
 
@@ -240,7 +265,18 @@ OPS: tuple[OpCase, ...] = (
     _core_context_case(3, 100, chunk=256, sizes=_FEW, is_variant=True),
     _core_context_case(3, 5, share_cores=True, is_variant=True),
     _routing_case(strict=True),
-    _routing_case(strict=False),
+    _routing_case(strict=False, is_variant=True),
+    OpCase(
+        name="hyper_attention",
+        op=_seeded_hyper_attention,
+        oracle=functools.partial(
+            oracles.hyper_attention, planes=_planes, sample=_sample, **_HYPER
+        ),
+        inputs=_QKV | {"seeds": "B N"},
+        draw={"seeds": lambda rng, shape: rng.integers(0, 100, shape) + 0.5},
+        options=_HYPER,
+        bidirectional=True,
+    ),
     OpCase(
         name="selective_attention",
         op=ops.selective_attention,
@@ -286,6 +322,14 @@ def _routing_mixer(name: str, **fields) -> MixerCase:
         width=16, num_heads=4, num_clusters=3, cluster_size=4, window=5, **fields
     )
     return MixerCase(name=f"RoutingAttention[{name}]", config=config)
+
+
+def _hyper_mixer(name: str, **fields) -> MixerCase:
+    config = nn.HyperAttentionConfig(
+        width=16, num_heads=4, num_projections=3, block_size=4, sample_size=3, min_seq_len=8,
+        **fields,
+    )  # fmt: skip
+    return MixerCase(name=f"HyperAttention[{name}]", config=config)
 
 
 def _selective_mixer(name: str, **fields) -> MixerCase:
@@ -361,6 +405,7 @@ MIXERS: tuple[MixerCase, ...] = (
     _variant(
         _routing_mixer("published,nope", strict=False, position_encoding="nope", num_local_heads=0)
     ),
+    _hyper_mixer("strict,grouped", num_kv_heads=2),
     _selective_mixer("raw"),
     _variant(
         _selective_mixer(

@@ -232,6 +232,75 @@ def softplus_attention(
     return out
 
 
+def hyper_attention(
+    inputs: Inputs,
+    segment_ids: np.ndarray | None,
+    *,
+    causal: bool = True,
+    planes: Callable[[int], np.ndarray],
+    sample: Callable[[float, int, int], np.ndarray],
+    block_size: int,
+    min_seq_len: int,
+    strict: bool = True,
+) -> np.ndarray:
+    """Documents by leaves and pairs of segments; keys count once, S/m a sample, or not at all.
+
+    `sample(seed, draw_id, S)` gives the sampled places among S sorted keys.
+    """
+    q, k, v = inputs["q"], inputs["k"], inputs["v"]
+    out = np.zeros((*q.shape[:3], v.shape[-1]))
+    normals, s = planes(q.shape[-1]), min_seq_len
+    for b, n in np.ndindex(q.shape[0], q.shape[2]):
+        ids = np.zeros(q.shape[1]) if segment_ids is None else segment_ids[b]
+        for document in np.unique(ids[ids >= 0]):
+            tokens = np.flatnonzero(ids == document)
+            queries, keys, values = (x[b, tokens, n * x.shape[2] // q.shape[2]] for x in (q, k, v))
+            rank = _gray_ranks(queries, normals), _gray_ranks(keys, normals)
+            T, place = len(tokens), np.arange(len(tokens))
+            pairs = []  # of queries and keys, with what their samples are drawn from
+            if causal:
+                is_exact = (place[:, None] // s == place // s) & (place[:, None] >= place)
+                span = s
+                while span < T:
+                    for first in range(span, T, 2 * span):
+                        reading = range(first, min(first + span, T))
+                        pairs.append((reading, range(first - span, first), first // s))
+                    span *= 2
+            else:
+                is_exact = np.full((T, T), s >= T)
+                pairs = [(range(T), range(T), 0)] if s < T else []
+            times = is_exact.astype(np.float64)
+            for reading, read, draw_id in pairs:
+                drawn = sample(inputs["seeds"][b, n], draw_id, len(read))
+                _estimate(times, *rank, reading, read, drawn, block_size, strict)
+            scores = queries @ keys.T / np.sqrt(q.shape[-1])
+            weights = times * np.exp(scores - scores.max(axis=1, keepdims=True))
+            out[b, tokens, n] = weights @ values / weights.sum(axis=1, keepdims=True)
+    return out
+
+
+def _estimate(times, query_rank, key_rank, reading, read, drawn, block_size, strict) -> None:
+    """Fills in how often each key counts for each query: its block, and samples from elsewhere."""
+    S = len(read)
+    by_rank = sorted(read, key=lambda j: (key_rank[j], j))
+    for nth, i in enumerate(sorted(reading, key=lambda i: (query_rank[i], i))):
+        if strict:
+            below = sum(key_rank[j] < query_rank[i] for j in read)
+            block = min(below // block_size, (S - 1) // block_size)
+        else:
+            block = nth // -(-block_size * len(reading) // S)
+        times[i, by_rank[block * block_size : (block + 1) * block_size]] = 1
+        for place in drawn:
+            if place // block_size != block:
+                times[i, by_rank[place]] += S / len(drawn)
+
+
+def _gray_ranks(x: np.ndarray, planes: np.ndarray) -> list[int]:
+    sequence = [t ^ (t >> 1) for t in range(2 ** planes.shape[1])]
+    codes = (x @ planes > 0) @ 2 ** np.arange(planes.shape[1])
+    return [sequence.index(code) for code in codes.tolist()]
+
+
 def _softmax(x: np.ndarray) -> np.ndarray:
     weights = np.exp(x - x.max())
     return weights / weights.sum()
