@@ -70,8 +70,8 @@ def report(results: Mapping[str, Any]) -> Report:
             reporting.describe_environment(results["environment"]),
             f"Every length is judged by the same bytes, the beginnings of "
             f"{results['judged_documents']} held-out files, {results['judged_bytes']:,} bytes in "
-            "all: a model that holds gains from the longer context, and its loss falls. "
-            f"{reporting.took(results['seconds'])}",
+            "all: a model that holds gains from the longer context, and its loss falls. Each model "
+            f"is one run of one seed. {reporting.took(results['seconds'])}",
             figure(models, length),
             table(models),
             rise_table(models),

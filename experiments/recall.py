@@ -105,7 +105,8 @@ def report(results: Mapping[str, Any]) -> Report:
             f"Multi-query associative recall, pairs in tokens: {slices}. Every model is the same "
             "but for one layer; its state is all that a stream remembers after "
             f"{run['state_length']} tokens, in float32. A run ends once it holds its target, "
-            f"after {run['num_steps']} steps at the latest. {reporting.took(results['seconds'])}",
+            f"after {run['num_steps']} steps at the latest; each model is one run of one seed. "
+            f"{reporting.took(results['seconds'])}",
             figure(mechanisms),
             table(mechanisms),
         ],
