@@ -14,7 +14,17 @@ from lcattn.nn.heads import HeadsConfig, HeadsMixer
 from lcattn.nn.hyper_attention import HyperAttention, HyperAttentionConfig
 from lcattn.nn.layers import SwiGLU
 from lcattn.nn.linear_attention import LinearAttention, LinearAttentionConfig
+from lcattn.nn.memory_as_context import ContextState, MemoryAsContext, MemoryAsContextConfig
+from lcattn.nn.memory_hybrids import (
+    HybridState,
+    MemoryAsGate,
+    MemoryAsGateConfig,
+    MemoryAsLayer,
+    MemoryAsLayerConfig,
+)
 from lcattn.nn.mixer import Mixer, MixerConfig
+from lcattn.nn.neural_memory import NeuralMemory, NeuralMemoryConfig
+from lcattn.nn.persistent_attention import PersistentAttention, PersistentAttentionConfig
 from lcattn.nn.prefix_linear_attention import (
     PrefixLinearAttention,
     PrefixLinearAttentionConfig,
@@ -39,6 +49,7 @@ __all__ = [
     "AttentionMixer",
     "AuxiliaryLoss",
     "CachedAttention",
+    "ContextState",
     "ConvolutionState",
     "CoreContextAttention",
     "CoreContextAttentionConfig",
@@ -49,13 +60,24 @@ __all__ = [
     "GatedLinearAttentionConfig",
     "HeadsConfig",
     "HeadsMixer",
+    "HybridState",
     "HyperAttention",
     "HyperAttentionConfig",
     "KeyValueCache",
     "LinearAttention",
     "LinearAttentionConfig",
+    "MemoryAsContext",
+    "MemoryAsContextConfig",
+    "MemoryAsGate",
+    "MemoryAsGateConfig",
+    "MemoryAsLayer",
+    "MemoryAsLayerConfig",
     "Mixer",
     "MixerConfig",
+    "NeuralMemory",
+    "NeuralMemoryConfig",
+    "PersistentAttention",
+    "PersistentAttentionConfig",
     "PrefixLinearAttention",
     "PrefixLinearAttentionConfig",
     "PrefixLinearAttentionState",

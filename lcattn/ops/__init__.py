@@ -31,6 +31,11 @@ from lcattn.ops.linear_attention import (
     linear_attention_state,
     prefix_linear_attention,
 )
+from lcattn.ops.neural_memory import (
+    NeuralMemoryState,
+    neural_memory,
+    neural_memory_state,
+)
 from lcattn.ops.positions import alibi_slopes, rotary, segment_positions
 from lcattn.ops.routing_attention import (
     RoutingAttentionState,
@@ -47,6 +52,7 @@ __all__ = [
     "CoreContextState",
     "FeatureMap",
     "LinearAttentionState",
+    "NeuralMemoryState",
     "RoutingAttentionState",
     "UnsupportedImplementationError",
     "agent_attention",
@@ -59,6 +65,8 @@ __all__ = [
     "hyper_attention",
     "linear_attention",
     "linear_attention_state",
+    "neural_memory",
+    "neural_memory_state",
     "pooled_agents",
     "prefix_linear_attention",
     "rotary",

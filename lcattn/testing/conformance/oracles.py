@@ -194,6 +194,68 @@ def _recurrence(inputs: Inputs, segment_ids: np.ndarray | None, write: Callable)
     return out
 
 
+def gelu(x: np.ndarray) -> np.ndarray:
+    """In its tanh form."""
+    return x / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
+
+
+def neural_memory(
+    inputs: Inputs,
+    segment_ids: np.ndarray | None,
+    *,
+    causal: bool = True,
+    chunk_size: int,
+    activation: Callable[[np.ndarray], np.ndarray] = gelu,
+) -> np.ndarray:
+    """S = eta S - theta grad |M(k) - v|², M = (1 - alpha) M + S, o = M(q); layers `w0`, `w1`."""
+    assert causal
+    q, k, v = inputs["q"], inputs["k"], inputs["v"]
+    starts = [inputs[name] for name in sorted(inputs) if name.startswith("w")]
+    (B, T, N), K, states = q.shape[:3], k.shape[2], inputs["decay"].shape[2]
+    out = np.zeros((B, T, N, v.shape[3]))
+    for b, n in np.ndindex(B, N):
+        head, state = n * K // N, n * states // N
+        document, count, anchor, weights, momenta = None, 0, [], [], []
+        for t in range(T):
+            ids = 0 if segment_ids is None else segment_ids[b, t]
+            if ids < 0:
+                continue
+            if ids != document:
+                document, count = ids, 0
+                weights = [start[state] for start in starts]
+                momenta = [np.zeros_like(w) for w in weights]
+            if count % chunk_size == 0:
+                anchor = weights
+            count += 1
+            slopes = _memory_gradients(anchor, k[b, t, head], v[b, t, head], activation)
+            theta, eta, alpha = (
+                inputs[gate][b, t, state] for gate in ("learning_rate", "momentum", "decay")
+            )
+            momenta = [eta * s - theta * slope for s, slope in zip(momenta, slopes, strict=True)]
+            weights = [(1 - alpha) * w + s for w, s in zip(weights, momenta, strict=True)]
+            *inner, last = weights
+            x = q[b, t, n]
+            for w in inner:
+                x = activation(x @ w)
+            out[b, t, n] = x @ last
+    return out
+
+
+def _memory_gradients(weights, k, v, activation) -> list[np.ndarray]:
+    """Of |M(k) - v|² by the chain rule; slopes of the activation by a step along the imaginary."""
+    inputs, sums = [k], []
+    for w in weights:
+        sums.append(inputs[-1] @ w)
+        inputs.append(activation(sums[-1]))
+    error, gradients = 2 * (sums[-1] - v), []
+    for layer in reversed(range(len(weights))):
+        gradients.insert(0, np.outer(inputs[layer], error))
+        if layer:
+            slope = activation(sums[layer - 1] + 1e-30j).imag / 1e-30
+            error = slope * (weights[layer] @ error)
+    return gradients
+
+
 def short_convolution(
     inputs: Inputs, segment_ids: np.ndarray | None, *, causal: bool = True
 ) -> np.ndarray:
