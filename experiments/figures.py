@@ -11,9 +11,9 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
 
-# Okabe and Ito (2008), black last. Every curve also has a marker of its own.
-PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442", "#000000")
-_DARKER = {"#F0E442": "#8A7F00"}  # for text on white
+# Okabe and Ito (2008), black last, and olive for their yellow, which no line on white can wear.
+# Every curve also has a marker of its own.
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#999933", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 
 _STYLE = {
@@ -180,7 +180,7 @@ def _name_curves(axes: Axes, panel: Panel, looks: dict[str, tuple[str, str]]) ->
         color, _ = looks[label]
         axes.annotate(
             label, xy=ends[label], xytext=(1.04, height), textcoords="axes fraction",
-            fontsize=8, va="center", color=_DARKER.get(color, color),
+            fontsize=8, va="center", color=color,
             annotation_clip=False,
             arrowprops={
                 "arrowstyle": "-", "color": color, "linewidth": 0.7, "alpha": 0.6, "shrinkB": 4,
