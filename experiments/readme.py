@@ -6,6 +6,9 @@
 """
 
 import contextlib
+import importlib
+import importlib.util
+import inspect
 import io
 import json
 import sys
@@ -65,17 +68,28 @@ def mechanisms() -> str:
                 f"`nn.{type(config).__name__}`",
                 f"`ops.{mixer.op}`",
                 ", ".join(op),
+                _kernel_evidence(mixer.op),
                 yes[traits.causal], yes[traits.streaming], yes[traits.stochastic],
-                yes[traits.subquadratic],
+                mixer.time,
                 show_bytes(mixer.state_bytes(_LENGTH)),
             )
         )  # fmt: skip
     header = (
-        "mixer config", "op", "implementations", "causal", "streams", "stochastic", "sub-quadratic",
-        f"state at {_LENGTH:,} tokens",
+        "mixer config", "op", "implementations", "kernel's evidence", "causal", "streams",
+        "stochastic", "time", f"state at {_LENGTH:,} tokens",
     )  # fmt: skip
     title = f"State of one float32 stream at width {_WIDTH:,}, default config"
-    return Table(title=title, header=header, rows=rows).markdown()
+    letters = inspect.cleandoc(lcattn.nn.Mixer.__doc__ or "").partition("time: ")[2]
+    return Table(title=title, header=header, rows=rows).markdown() + (
+        f"\n\nTime: {' '.join(letters.split())}"
+    )
+
+
+def _kernel_evidence(op: str) -> str:
+    """How far the op's kernel has been tried, if it has one."""
+    if importlib.util.find_spec(f"pallas_kernels.{op}") is None:
+        return "–"
+    return ", ".join(importlib.import_module(f"pallas_kernels.{op}").EVIDENCE)
 
 
 def mixer_configs() -> Iterator[MixerConfig]:
