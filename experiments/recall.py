@@ -106,6 +106,8 @@ def report(results: Mapping[str, Any]) -> Report:
             "but for one layer; its state is all that a stream remembers after "
             f"{run['state_length']} tokens, in float32. A run ends once it holds its target, "
             f"after {run['num_steps']} steps at the latest; each model is one run of one seed. "
+            "So a point below the target says what these steps taught, a lower bound of what the "
+            "state can hold. "
             f"{reporting.took(results['seconds'])}",
             figure(mechanisms),
             table(mechanisms),
