@@ -20,6 +20,7 @@ from flax import nnx as flax_nnx
 
 import lcattn.nn
 from experiments import benchmark, demo
+from experiments.figures import Figure
 from experiments.reporting import Table, describe_environment, show_bytes
 from lcattn.nn import MixerConfig
 from lcattn.ops import dispatch
@@ -115,6 +116,22 @@ def demo_results() -> str:
     return "\n\n".join(blocks)
 
 
+def recorded_experiments() -> str:
+    """The first figure of each recorded experiment, with its command and machine."""
+    parts = []
+    for folder in sorted(path.parent for path in RECORDS.glob("*/results.json")):
+        script = importlib.import_module(f"experiments.{folder.name}")
+        if script is demo:
+            continue  # It has a part of its own.
+        results = _load(folder / "results.json")
+        page = script.report(results)
+        figure = next(block for block in page.blocks if isinstance(block, Figure))
+        picture = _link(folder / f"{figure.name}.png")
+        parts.append(f"### {page.title}\n\n![{figure.caption}]({picture})\n\n{figure.caption}")
+        parts.append(describe_environment(results["environment"]))
+    return "\n\n".join(parts)
+
+
 def benchmarks() -> str:
     """One table a device: the longest length that each recorded benchmark reached."""
     parts = []
@@ -179,6 +196,7 @@ def _link(path: Path) -> str:
 PARTS = {
     "example": example,
     "demo": demo_results,
+    "experiments": recorded_experiments,
     "mechanisms": mechanisms,
     "kernels": kernels,
     "benchmarks": benchmarks,
