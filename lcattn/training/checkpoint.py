@@ -7,6 +7,8 @@ name and renames it when it is whole.
 """
 
 import dataclasses
+import hashlib
+import json
 import logging
 import warnings
 from collections.abc import Mapping
@@ -22,7 +24,7 @@ from orbax.checkpoint import checkpoint_managers
 from lcattn.config import Config
 from lcattn.training.errors import CheckpointError, ConfigMismatchError
 from lcattn.training.mesh import MeshConfig
-from lcattn.training.state import TrainState, Tree, abstract_model
+from lcattn.training.state import ModelDef, TrainState, Tree, abstract_model
 
 FOLDER = "checkpoints"
 
@@ -41,8 +43,9 @@ class Checkpointer:
 
     Args:
       run_dir: the run's folder.
-      configs: what the run is: `{"model": ..., "train": ...}` as dictionaries. Stored with each
-        checkpoint; `restore` refuses a checkpoint of others.
+      configs: what the run is: `{"model": ..., "train": ...}` as dictionaries, and the fingerprint
+        of the model it started from, if any. Stored with each checkpoint; `restore` refuses a
+        checkpoint of others.
       keep: how many of the newest checkpoints are kept.
     """
 
@@ -214,6 +217,12 @@ def digests(items: Tree) -> dict[str, int]:
     named = jax.tree_util.tree_leaves_with_path(items)
     sums = jax.device_get([_digest(leaf) for _, leaf in named])
     return {jax.tree_util.keystr(p): int(s) for (p, _), s in zip(named, sums, strict=True)}
+
+
+def fingerprint(model: nnx.Module) -> str:
+    """Equal for models of equal values."""
+    values = json.dumps(digests(ModelDef.split(model)), sort_keys=True)
+    return hashlib.sha256(values.encode()).hexdigest()
 
 
 @jax.jit

@@ -68,12 +68,13 @@ def device_batch(batch: Mapping[str, Any], mesh: Mesh) -> dict[str, jax.Array]:
 
 
 def _means(name: str, sums: LossSums) -> dict[str, float]:
-    sums = jax.tree.map(float, jax.device_get(sums))
-    if sums.weight == 0:
+    total = {key: float(value) for key, value in jax.device_get(vars(sums)).items()}
+    if total["weight"] == 0:
         raise argument_error(f"slice {name!r}", "tokens of non-zero weight", "none")
+    loss = total["loss"] / total["weight"]
     return {
-        "loss": sums.loss / sums.weight,
-        "accuracy": sums.correct / sums.weight,
-        "exact_match": sums.exact / sums.rows,
-        "bits_per_byte": sums.loss / sums.weight / math.log(2),
+        "loss": loss,
+        "accuracy": total["correct"] / total["weight"],
+        "exact_match": total["exact"] / total["rows"],
+        "bits_per_byte": loss / math.log(2),
     }

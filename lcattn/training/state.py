@@ -9,6 +9,7 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
+from lcattn.errors import argument_error
 from lcattn.training.mesh import param_shardings, replicated
 
 Tree = Any
@@ -92,16 +93,52 @@ def abstract_state(
 
 
 def init_state(
-    model_config: Any, optimizer: optax.GradientTransformation, seed: int, target: TrainState
+    model_config: Any,
+    optimizer: optax.GradientTransformation,
+    seed: int,
+    target: TrainState,
+    initial: nnx.Module | None = None,
 ) -> TrainState:
-    """A new state, each array made where `target` says it lives."""
+    """A new state, each array made where `target` says it lives.
 
-    def init() -> TrainState:
+    Args:
+      model_config: makes the model.
+      optimizer: makes the moments.
+      seed: of parameters and random streams.
+      target: shapes and places.
+      initial: a model whose values are copied instead of making new ones.
+
+    Raises:
+      ValueError: if `initial` is not of the shapes of `target`.
+    """
+    given = None if initial is None else ModelDef.split(initial)
+    if given is not None:
+        places = target.params, target.model_state
+        _check_like(given, places)
+        given = jax.device_put(given, shardings_of(places))
+
+    def init(given: tuple[Tree, Tree] | None) -> TrainState:
         model_key, rng = jax.random.split(jax.random.key(seed))
-        params, model_state = ModelDef.split(model_config.make(nnx.Rngs(model_key)))
+        if given is None:
+            params, model_state = ModelDef.split(model_config.make(nnx.Rngs(model_key)))
+        else:  # Copied, since training overwrites the state.
+            params, model_state = jax.tree.map(jnp.copy, given)
         return TrainState(jnp.int32(0), params, model_state, optimizer.init(params), rng)
 
-    return jax.jit(init, out_shardings=shardings_of(target))()
+    return jax.jit(init, out_shardings=shardings_of(target))(given)
+
+
+def _check_like(given: Tree, target: Tree) -> None:
+    def shapes(tree: Tree) -> dict[str, str]:
+        leaves = jax.tree_util.tree_leaves_with_path(tree)
+        return {jax.tree_util.keystr(path[1:]): f"{x.dtype}{list(x.shape)}" for path, x in leaves}
+
+    expected, got = shapes(target), shapes(given)
+    for path in dict.fromkeys([*expected, *got]):
+        if expected.get(path) != got.get(path):
+            raise argument_error(
+                f"initial{path}", expected.get(path, "nothing"), got.get(path, "nothing")
+            )
 
 
 def shardings_of(tree: Tree) -> Tree:
