@@ -10,6 +10,7 @@ from typing import Literal
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
+from matplotlib.image import AxesImage
 
 # Okabe and Ito (2008), black last. Every curve also has a marker of its own.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442", "#000000")
@@ -81,6 +82,7 @@ class HeatMap:
       columns, rows: what stands at the cells of the axes; the first row is at the top.
       values: `[row][column]`. None: an empty cell.
       limits: the numbers of the first and the last colour.
+      label: what the numbers are, for the colour bar that all heat maps of a figure share.
     """
 
     xlabel: str
@@ -90,6 +92,7 @@ class HeatMap:
     values: Sequence[Sequence[float | None]]
     title: str = ""
     limits: tuple[float, float] = (0.0, 1.0)
+    label: str = ""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -120,16 +123,19 @@ class Figure:
         with mpl.rc_context(_STYLE):
             canvas = Canvas(figsize=(width * columns, height * rows))
             grid = canvas.subplots(rows, columns, squeeze=False).flat
+            colors = {}
             for axes, panel in itertools.zip_longest(grid, self.panels):
                 match panel:
                     case Panel():
                         _draw(axes, panel, looks)
                     case HeatMap():
-                        _draw_grid(axes, panel)
+                        colors[axes] = _draw_grid(axes, panel)
                     case _:
                         axes.set_axis_off()
             if labels and not named:
                 _add_legend(canvas)
+            if colors:
+                _add_color_bar(canvas, colors, self.panels)
             path = folder / f"{self.name}.png"
             canvas.savefig(path)
         return path
@@ -150,6 +156,14 @@ def _add_legend(canvas: Canvas) -> None:
     canvas.legend(
         handles.values(), handles.keys(), loc="outside lower center", ncols=min(len(handles), 4)
     )
+
+
+def _add_color_bar(
+    canvas: Canvas, colors: dict[Axes, AxesImage], panels: Sequence[Panel | HeatMap]
+) -> None:
+    [label] = {panel.label for panel in panels if isinstance(panel, HeatMap)}
+    bar = canvas.colorbar(next(iter(colors.values())), ax=list(colors), label=label)
+    bar.outline.set_visible(False)
 
 
 def _draw(axes: Axes, panel: Panel, looks: dict[str, tuple[str, str]]) -> None:
@@ -213,10 +227,10 @@ def _spread(heights: dict[str, float], gap: float) -> dict[str, float]:
     return placed
 
 
-def _draw_grid(axes: Axes, panel: HeatMap) -> None:
+def _draw_grid(axes: Axes, panel: HeatMap) -> AxesImage:
     low, high = panel.limits
     values = [[math.nan if v is None else v for v in row] for row in panel.values]
-    axes.imshow(values, cmap="cividis", vmin=low, vmax=high, aspect="auto")
+    image = axes.imshow(values, cmap="cividis", vmin=low, vmax=high, aspect="auto")
     axes.grid(visible=False)
     axes.set_xticks(range(len(panel.columns)), panel.columns)
     axes.set_yticks(range(len(panel.rows)), panel.rows)
@@ -229,6 +243,7 @@ def _draw_grid(axes: Axes, panel: HeatMap) -> None:
                     x, y, f"{value:.2f}", ha="center", va="center", fontsize=7,
                     color="white" if dark else "black",
                 )  # fmt: skip
+    return image
 
 
 def _scale(axes: Axes, axis: Literal["x", "y"], scale: str) -> None:
