@@ -24,6 +24,7 @@ CONFIGURABLES = (
     nn.SoftplusAttentionConfig,
     tasks.CorpusConfig,
     tasks.DataConfig,
+    tasks.ExtrapolationTaskConfig,
     tasks.MQARConfig,
     tasks.MQARTaskConfig,
     tasks.NeedleConfig,

@@ -34,8 +34,11 @@ def train_each(
       Name, trained model, and its record (see `experiments.train.train_and_record`).
 
     Raises:
-      ValueError: if two names share a folder, or a model cannot be built or does not fit the task.
+      ValueError: if there is no model, two names share a folder, or a model cannot be built or does
+        not fit the task.
     """
+    if not models:
+        raise argument_error("models", "at least one", "none")
     if len({folder(name) for name in models}) < len(models):
         raise argument_error("models", "names that differ in letters or digits", list(models))
     for config in models.values():

@@ -10,9 +10,7 @@ from lcattn.tasks.batch import Batch
 from lcattn.tasks.computed import ComputedConfig
 from lcattn.tasks.corpus import CorpusConfig
 from lcattn.tasks.mqar import MQARConfig
-from lcattn.tasks.needle import NeedleConfig
 from lcattn.tasks.packing import PackedText
-from lcattn.tasks.passkey import PasskeyConfig
 from lcattn.tasks.pipeline import BatchIterator, DataConfig
 from lcattn.tasks.text import ByteTokenizer, Documents, TextFolderConfig
 
@@ -97,7 +95,7 @@ class ComputedTask:
         self.metrics = metrics
         self.slices = {test.name: test.numbers for test in evaluation}
         self._train, self._evaluation = train, evaluation
-        self._data, self._eval_data = data, _for_evaluation(data, eval_batch_size)
+        self._data, self._eval_data = data, for_evaluation(data, eval_batch_size)
 
     def train(self) -> BatchIterator:
         """A new iterator over training batches, at its beginning."""
@@ -115,63 +113,6 @@ class MQARTask(ComputedTask):
         super().__init__(
             config.train, config.evaluation, config.data, config.eval_batch_size,
             vocab_size=config.train[0].vocab_size,
-        )  # fmt: skip
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class NeedleTaskConfig(Config):
-    """Retrieval from a haystack: trained at some lengths, judged over depths and lengths.
-
-    Attributes:
-      train: training data, of one kind; each batch holds rows of one of these.
-      lengths: of the test rows, which are otherwise like the first of `train`.
-      depths: of the needle in the test rows, in per cent of the haystack. Each length is tested at
-        each depth: these are the slices.
-      eval_examples: test rows of each length and depth.
-      data: batching of the training data.
-      eval_batch_size: rows in a batch of evaluation. None: as in training.
-    """
-
-    train: tuple[NeedleConfig, ...] | tuple[PasskeyConfig, ...]
-    lengths: tuple[int, ...]
-    depths: tuple[int, ...] = (0, 25, 50, 75, 100)
-    eval_examples: int = 100
-    data: DataConfig = dataclasses.field(default_factory=DataConfig)
-    eval_batch_size: int | None = None
-
-    @override
-    def validate(self) -> None:
-        self.require_positive("eval_examples", "eval_batch_size")
-        if not self.train:
-            raise self.error("train", "at least one NeedleConfig or PasskeyConfig")
-        if len({config.vocab_size for config in self.train}) > 1:
-            raise self.error("train", "one vocab_size in all")
-        for field in ("lengths", "depths"):
-            values = getattr(self, field)
-            if not values or len(set(values)) < len(values):
-                raise self.error(field, "at least one value, none of them twice")
-        self.evaluation()  # each must be possible
-
-    def evaluation(self) -> tuple[NeedleConfig | PasskeyConfig, ...]:
-        """The test data, length by length."""
-        return tuple(
-            self.train[0].replace(length=length, depth=depth, num_examples=self.eval_examples)
-            for length in self.lengths
-            for depth in self.depths
-        )
-
-    def make(self) -> "NeedleTask":
-        """The task."""
-        return NeedleTask(self)
-
-
-class NeedleTask(ComputedTask):
-    """See `NeedleTaskConfig` and `Task`."""
-
-    def __init__(self, config: NeedleTaskConfig):
-        super().__init__(
-            config.train, config.evaluation(), config.data, config.eval_batch_size,
-            vocab_size=config.train[0].vocab_size, metrics=("loss", "accuracy", "exact_match"),
         )  # fmt: skip
 
 
@@ -228,12 +169,12 @@ class TextTask:
 
     def evaluation(self) -> dict[str, Sequence[Batch]]:
         """The held-out text, in a random order, so that any first batches are a fair sample."""
-        data = _for_evaluation(self.config.data, self.config.eval_batch_size)
+        data = for_evaluation(self.config.data, self.config.eval_batch_size)
         batches = data.replace(shuffle=True).batches(self._heldout_rows)
         return {"heldout": batches[: self.config.max_eval_batches]}
 
 
-def _for_evaluation(data: DataConfig, batch_size: int | None) -> DataConfig:
+def for_evaluation(data: DataConfig, batch_size: int | None) -> DataConfig:
     """One pass over all rows in their order."""
     return data.replace(
         batch_size=batch_size or data.batch_size, shuffle=False, num_epochs=1, drop_remainder=False
