@@ -132,16 +132,18 @@ def table(results: Mapping[str, Any]) -> Table:
     mechanisms = results["mechanisms"]
     control = mechanisms[CONTROL]
     header = (
-        "model", "before", "at conversion", "after tuning", "bits per byte after",
+        "model", "before", "at conversion", "lost by it", "after tuning", "behind softmax then",
         "new parameters", f"state at {results['length']} tokens", "tokens/s in tuning",
     )  # fmt: skip
+    before, trained_on = control["at_conversion"]["heldout/loss"], _after(control)
     rows = [
         (
             name,
-            control["at_conversion"]["heldout/loss"],
+            before,
             mechanism["at_conversion"]["heldout/loss"],
-            mechanism["run"]["metrics"]["heldout/loss"],
-            mechanism["run"]["metrics"]["heldout/bits_per_byte"],
+            mechanism["at_conversion"]["heldout/loss"] - before,
+            _after(mechanism),
+            _after(mechanism) - trained_on,
             mechanism["run"]["num_parameters"] - control["run"]["num_parameters"],
             show_bytes(mechanism["run"]["state_bytes"]),
             mechanism["run"]["tokens_per_second"],
@@ -149,6 +151,10 @@ def table(results: Mapping[str, Any]) -> Table:
         for name, mechanism in mechanisms.items()
     ]
     return Table(title="Held-out loss (nats per byte)", header=header, rows=rows)
+
+
+def _after(mechanism: Mapping[str, Any]) -> float:
+    return mechanism["run"]["metrics"]["heldout/loss"]
 
 
 def figure(results: Mapping[str, Any]) -> Figure:
@@ -165,7 +171,6 @@ def figure(results: Mapping[str, Any]) -> Figure:
         xlabel="steps of tuning",
         ylabel="held-out loss (nats per byte)",
         series=lines,
-        yscale="log",
         direct_labels=True,
     )
     caption = (

@@ -24,7 +24,7 @@ from orbax.checkpoint import checkpoint_managers
 from lcattn.config import Config
 from lcattn.training.errors import CheckpointError, ConfigMismatchError
 from lcattn.training.mesh import MeshConfig
-from lcattn.training.state import ModelDef, TrainState, Tree, abstract_model
+from lcattn.training.state import TrainState, Tree, abstract_model
 
 FOLDER = "checkpoints"
 
@@ -219,9 +219,9 @@ def digests(items: Tree) -> dict[str, int]:
     return {jax.tree_util.keystr(p): int(s) for (p, _), s in zip(named, sums, strict=True)}
 
 
-def fingerprint(model: nnx.Module) -> str:
-    """Equal for models of equal values."""
-    values = json.dumps(digests(ModelDef.split(model)), sort_keys=True)
+def fingerprint(tree: Tree) -> str:
+    """Equal for trees of equal values."""
+    values = json.dumps(digests(tree), sort_keys=True)
     return hashlib.sha256(values.encode()).hexdigest()
 
 

@@ -21,7 +21,7 @@ from lcattn.training.evaluation import Evaluator, device_batch
 from lcattn.training.metrics import JsonlWriter, MetricWriter, TensorBoardWriter
 from lcattn.training.progress import Progress, Stopwatch
 from lcattn.training.run_dir import Interrupt, lock
-from lcattn.training.state import abstract_model, abstract_state, init_state
+from lcattn.training.state import abstract_model, abstract_state, init_state, place_model
 from lcattn.training.step import jit_train_step, make_train_step
 
 
@@ -114,8 +114,9 @@ class _Run:
         self.train_step = jit_train_step(train_step, target)
 
         configs: dict[str, Any] = {"model": model_config.to_dict(), "train": config.trajectory()}
-        if initial is not None:
-            configs["initial"] = fingerprint(initial)
+        given = None if initial is None else place_model(initial, target)
+        if given is not None:
+            configs["initial"] = fingerprint(given)
         self.checkpointer = Checkpointer(run_dir, configs, config.keep)
         self.data = task.train()
         self.step, self.finished, self.latest = 0, False, {}
@@ -124,7 +125,7 @@ class _Run:
             self.finished, self.latest = restored.meta["finished"], restored.meta["latest"]
             self.data.set_state(restored.meta["data"])
         else:
-            self.state = init_state(model_config, optimizer, config.seed, target, initial)
+            self.state = init_state(model_config, optimizer, config.seed, target, given)
 
         self.metrics_path = run_dir / "metrics.jsonl"
         self.stopwatch = Stopwatch()

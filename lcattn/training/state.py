@@ -97,7 +97,7 @@ def init_state(
     optimizer: optax.GradientTransformation,
     seed: int,
     target: TrainState,
-    initial: nnx.Module | None = None,
+    given: tuple[Tree, Tree] | None = None,
 ) -> TrainState:
     """A new state, each array made where `target` says it lives.
 
@@ -106,16 +106,8 @@ def init_state(
       optimizer: makes the moments.
       seed: of parameters and random streams.
       target: shapes and places.
-      initial: a model whose values are copied instead of making new ones.
-
-    Raises:
-      ValueError: if `initial` is not of the shapes of `target`.
+      given: parameters and other variables to copy instead of making new ones.
     """
-    given = None if initial is None else ModelDef.split(initial)
-    if given is not None:
-        places = target.params, target.model_state
-        _check_like(given, places)
-        given = jax.device_put(given, shardings_of(places))
 
     def init(given: tuple[Tree, Tree] | None) -> TrainState:
         model_key, rng = jax.random.split(jax.random.key(seed))
@@ -128,17 +120,25 @@ def init_state(
     return jax.jit(init, out_shardings=shardings_of(target))(given)
 
 
-def _check_like(given: Tree, target: Tree) -> None:
-    def shapes(tree: Tree) -> dict[str, str]:
-        leaves = jax.tree_util.tree_leaves_with_path(tree)
-        return {jax.tree_util.keystr(path[1:]): f"{x.dtype}{list(x.shape)}" for path, x in leaves}
+def place_model(model: nnx.Module, target: TrainState) -> tuple[Tree, Tree]:
+    """The model's parameters and its other variables, where `target` says they live.
 
-    expected, got = shapes(target), shapes(given)
+    Raises:
+      ValueError: if they are not of the shapes of `target`.
+    """
+    values, places = ModelDef.split(model), (target.params, target.model_state)
+    expected, got = _shapes(places), _shapes(values)
     for path in dict.fromkeys([*expected, *got]):
         if expected.get(path) != got.get(path):
             raise argument_error(
                 f"initial{path}", expected.get(path, "nothing"), got.get(path, "nothing")
             )
+    return jax.device_put(values, shardings_of(places))
+
+
+def _shapes(tree: Tree) -> dict[str, str]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path[1:]): f"{x.dtype}{list(x.shape)}" for path, x in leaves}
 
 
 def shardings_of(tree: Tree) -> Tree:

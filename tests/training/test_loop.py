@@ -78,23 +78,24 @@ def iter_nothing():
 
 
 def test_a_run_starts_from_a_given_model(tmp_path):
-    first = ToyConfig().make(nnx.Rngs(7))  # on one device; the run is on all
+    model = ToyConfig(dropout=0.1)  # which keeps a random key beside its parameters
+    first = jax.device_put(model.make(nnx.Rngs(7)), jax.devices()[0])  # the run is on all
     head = np.asarray(first.head[...])
     config = CONFIG.replace(num_steps=1, optimizer=OptimizerConfig(learning_rate=1e-6))
-    result = train(ToyTask(), ToyConfig(), config, tmp_path / "run", initial=first)
+    result = train(ToyTask(), model, config, tmp_path / "run", initial=first)
     np.testing.assert_allclose(result.model.head[...], head, atol=1e-5)
     np.testing.assert_array_equal(first.head[...], head)
 
-    again = train(ToyTask(), ToyConfig(), config, tmp_path / "run", initial=first)
+    again = train(ToyTask(), model, config, tmp_path / "run", initial=first)
     np.testing.assert_array_equal(again.model.head[...], result.model.head[...])
     for other in (None, result.model):
         with pytest.raises(ConfigMismatchError, match="initial: checkpoint '"):
-            train(ToyTask(), ToyConfig(), config, tmp_path / "run", initial=other)
-    wide = ToyConfig(width=32).make(nnx.Rngs(7))
+            train(ToyTask(), model, config, tmp_path / "run", initial=other)
+    wide = model.replace(width=32).make(nnx.Rngs(7))
     with pytest.raises(
         ValueError, match=r"initial.*: expected float32\[.*16.*\], got float32\[.*32"
     ):
-        train(ToyTask(), ToyConfig(), config, tmp_path / "other", initial=wide)
+        train(ToyTask(), model, config, tmp_path / "other", initial=wide)
 
 
 def test_stops_when_all_thresholds_are_met(tmp_path):
