@@ -10,7 +10,7 @@ import itertools
 import math
 import statistics
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +90,7 @@ def measure(
         "op": operation.op,
         "environment": environment,
         "operation": operation.to_dict(),
+        "baselines": operation.baselines,
         "check_up_to": check_up_to,
         "tolerance": _TOLERANCE[operation.dtype],
         "rates": dataclasses.asdict(rates),
@@ -104,12 +105,15 @@ def _measure_point(
     inputs = operation.inputs(length)
     backward = kind == "forward+backward"
     cotangent = _cotangent(operation, inputs) if backward else None
-    expected = _expected(operation, inputs, cotangent) if check else None
     rows, programs = {}, {}
+    common = _expected(operation, None, inputs, cotangent) if check else None
     for name, implementation in operation.implementations().items():
         if implementation.max_length is not None and length > implementation.max_length:
             continue
         rows[name] = {"implementation": name, "length": length, "pass": kind}
+        expected = common
+        if check and implementation.reference is not None:
+            expected = _expected(operation, implementation.reference, inputs, cotangent)
         program, outcome = _try(implementation, inputs, cotangent, expected, operation.dtype)
         rows[name] |= outcome
         if program is not None:
@@ -162,10 +166,13 @@ def _figures(
 
 
 def _expected(
-    operation: OpBenchmark, inputs: Inputs, cotangent: jax.Array | None
+    operation: OpBenchmark,
+    reference: Callable[..., Any] | None,
+    inputs: Inputs,
+    cotangent: jax.Array | None,
 ) -> dict[str, jax.Array]:
     """Output and gradients of the definition, in float32 at full precision."""
-    definition = Implementation(lambda **arrays: operation.reference(arrays))
+    definition = Implementation(reference or (lambda **arrays: operation.reference(arrays)))
     exact = {name: array.astype(jnp.float32) for name, array in inputs.items()}
     pulled = None if cotangent is None else cotangent.astype(jnp.float32)
     with jax.default_matmul_precision("highest"):
@@ -200,7 +207,10 @@ def report(results: Mapping[str, Any]) -> Report:
     ]
     for kind in dict.fromkeys(row["pass"] for row in rows):
         blocks.append(_times_table(results["op"], kind, [r for r in rows if r["pass"] == kind]))
-    crossovers = list(_crossovers(rows))
+    baselines = results.get("baselines", ())
+    if baselines:
+        blocks.append(beside(rows, baselines))
+    crossovers = list(_crossovers(rows, baselines))
     if crossovers:
         header = ("pass", "from about T", "is faster", "than")
         blocks.append(Table(title="Crossovers", header=header, rows=crossovers))
@@ -216,7 +226,7 @@ def longest(results: Mapping[str, Any]) -> list[list[Any]]:
     return [
         [
             results["op"], name, kind, row["length"], row["device_ms"] or row["ms"]["median"],
-            show_bytes(row["temp_bytes"] or 0), row["status"],
+            f"{100 * row['floor_share']:.0f} %", show_bytes(row["temp_bytes"] or 0),
         ]
         for (name, kind), row in last.items()
     ]  # fmt: skip
@@ -242,7 +252,8 @@ def _cells(row: Mapping[str, Any], growth: Mapping[tuple[str, int], float]) -> l
     ms, temporary = row["ms"], row["temp_bytes"]
     return [
         name, length, ms["median"], f"{show(ms['min'])}–{show(ms['max'])}", row["device_ms"],
-        growth.get((name, length)), row["tflops"], row["gbps"], f"{100 * row['floor_share']:.3g} %",
+        growth.get((name, length)), row["tflops"] or None, row["gbps"],
+        f"{100 * row['floor_share']:.3g} %",
         None if temporary is None else show_bytes(temporary), row.get("error"), row["status"],
     ]  # fmt: skip
 
@@ -265,18 +276,48 @@ def _growth(rows: list[dict[str, Any]]) -> dict[tuple[str, int], float]:
     }
 
 
-def _crossovers(rows: list[dict[str, Any]]) -> Iterator[tuple[str, int, str, str]]:
+def beside(rows: list[dict[str, Any]], baselines: Sequence[str]) -> Table:
+    """Time and memory of each implementation as shares of each baseline's, at its longest T."""
+    found = {(row["implementation"], row["length"], row["pass"]): row for row in rows}
+    longest = {
+        (name, kind): max(T for n, T, k in found if (n, k) == (name, kind))
+        for name, kind in dict.fromkeys((name, kind) for name, _, kind in found)
+    }
+    table = []
+    for (name, kind), length in longest.items():
+        row, cells = found[name, length, kind], [name, kind, length]
+        for baseline in baselines:
+            other = found.get((baseline, length, kind), {})
+            for figure in (_time, _memory):
+                ours, theirs = figure(row), figure(other)
+                cells.append(ours / theirs if ours and theirs else None)
+        table.append(cells)
+    header = ["implementation", "pass", "T"]
+    header += [f"{what} / {name}" for name in baselines for what in ("time", "memory")]
+    return Table(title="Shares of the baselines", header=header, rows=table)
+
+
+def _crossovers(
+    rows: list[dict[str, Any]], baselines: Sequence[str] = ()
+) -> Iterator[tuple[str, int, str, str]]:
     """Where one implementation overtakes another for good, interpolated on logarithmic axes.
 
-    A lead of less than a tenth at the longest T is noise, not a lead.
+    A lead of less than a tenth at the longest T is noise, not a lead. With baselines, only where
+    the first of them is overtaken; from the shortest T, if never behind.
     """
     for kind in dict.fromkeys(row["pass"] for row in rows):
         curves = _curves([row for row in rows if row["pass"] == kind])
         for slow, fast in itertools.permutations(curves, 2):
+            if baselines and slow != baselines[0]:
+                continue
             shared = sorted(set(curves[slow]) & set(curves[fast]))
             lag = {T: math.log(curves[fast][T] / curves[slow][T]) for T in shared}
             behind = [T for T in shared if lag[T] > 0]
-            if behind and lag[shared[-1]] < -math.log(1.1):
+            if not shared or lag[shared[-1]] >= -math.log(1.1):
+                continue
+            if baselines and not behind:
+                yield kind, shared[0], fast, slow
+            if behind:
                 before = behind[-1]
                 after = shared[shared.index(before) + 1]
                 part = lag[before] / (lag[before] - lag[after])

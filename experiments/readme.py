@@ -147,7 +147,7 @@ def kernels() -> str:
 def _benchmark_table(records: list[dict[str, Any]]) -> Table:
     rows = [row for record in records for row in benchmark.longest(record)]
     environment = records[0]["environment"]
-    header = ("op", "implementation", "pass", "T", "ms", "extra memory", "check")
+    header = ("op", "implementation", "pass", "T", "ms", "of the floor", "extra memory")
     return Table(title=f"On one {environment['device']}", header=header, rows=rows)
 
 

@@ -17,7 +17,7 @@ One letter means one thing in every signature, docstring and kernel of the libra
 Arrays of heads are laid out `[B, T, N, H]`.
 """
 
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, Key, PRNGKeyArray
 
 Queries = Float[Array, "B T N H"]
 Keys = Float[Array, "B S K H"]
@@ -40,6 +40,7 @@ __all__ = [
     "Float",
     "Hidden",
     "Int",
+    "Key",
     "Keys",
     "Logits",
     "PRNGKeyArray",

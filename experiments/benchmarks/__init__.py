@@ -6,6 +6,7 @@ from experiments.benchmarks.gated import (
     GatedLinearAttentionBenchmark,
 )
 from experiments.benchmarks.linear_attention import LinearAttentionBenchmark
+from experiments.benchmarks.mechanisms import MechanismsBenchmark
 from experiments.benchmarks.short_convolution import ShortConvolutionBenchmark
 from experiments.benchmarks.softmax_attention import SoftmaxAttentionBenchmark
 
@@ -14,6 +15,7 @@ __all__ = [
     "GatedLinearAttentionBenchmark",
     "Implementation",
     "LinearAttentionBenchmark",
+    "MechanismsBenchmark",
     "OpBenchmark",
     "ShortConvolutionBenchmark",
     "SoftmaxAttentionBenchmark",

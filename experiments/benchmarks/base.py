@@ -21,11 +21,13 @@ class Implementation:
       run: called with the inputs as keywords, returns the output.
       max_length: longest sequence it is tried on; None: any. For forms whose memory is quadratic.
       framework: "torch" functions take and return torch tensors on the GPU.
+      reference: its definition, called as `run` is, where it is not that of the benchmark.
     """
 
     run: Callable[..., Any]
     max_length: int | None = None
     framework: Literal["jax", "torch"] = "jax"
+    reference: Callable[..., Any] | None = None
 
 
 class Cost(NamedTuple):
@@ -66,6 +68,11 @@ class OpBenchmark(Config):
     def op(self) -> str:
         """The op's name in `lcattn.ops`."""
         raise NotImplementedError
+
+    @property
+    def baselines(self) -> tuple[str, ...]:
+        """Implementations that the others are set beside; none: all beside all."""
+        return ()
 
     @abc.abstractmethod
     def shapes(self, length: int) -> Mapping[str, tuple[int, ...]]:

@@ -79,10 +79,11 @@ class LinearAttentionBenchmark(OpBenchmark):
         ours = functools.partial(linear_attention, feature_map=self.feature_map)
 
         def quadratic(q, k, v):
-            return ours(q, k, v, chunk_size=q.shape[1])
+            return ours(q, k, v, chunk_size=q.shape[1], implementation="xla")
 
         return {
             "lcattn": Implementation(ours),
+            "lcattn xla": Implementation(functools.partial(ours, implementation="xla")),
             "lcattn quadratic": Implementation(quadratic, self.max_quadratic),
             "lcattn reference": Implementation(
                 functools.partial(ours, implementation="reference"), self.max_recurrent

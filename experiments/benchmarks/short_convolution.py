@@ -19,15 +19,17 @@ class ShortConvolutionBenchmark(OpBenchmark):
     Attributes:
       width: D, channels.
       kernel_size: W, taps.
+      max_grouped: longest sequence for XLA's grouped convolution, which is slow.
     """
 
     width: int = 256
     kernel_size: int = 3
+    max_grouped: int = 4096
 
     @override
     def validate(self) -> None:
         super().validate()
-        self.require_positive("width", "kernel_size")
+        self.require_positive("width", "kernel_size", "max_grouped")
 
     @property
     @override
@@ -52,7 +54,7 @@ class ShortConvolutionBenchmark(OpBenchmark):
             "lcattn reference": Implementation(
                 functools.partial(short_convolution, implementation="reference")
             ),
-            "jax.lax.conv": Implementation(_xla_convolution),
+            "jax.lax.conv": Implementation(_xla_convolution, self.max_grouped),
         }
 
     @override

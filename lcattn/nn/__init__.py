@@ -2,6 +2,7 @@
 
 from lcattn.nn.agent_attention import AgentAttention, AgentAttentionConfig, AgentState
 from lcattn.nn.attention import AttentionConfig, AttentionMixer, CachedAttention, KeyValueCache
+from lcattn.nn.auxiliary import AuxiliaryLoss, auxiliary_loss
 from lcattn.nn.core_context_attention import CoreContextAttention, CoreContextAttentionConfig
 from lcattn.nn.gated_delta_net import DeltaNetConfig, GatedDeltaNet, GatedDeltaNetConfig
 from lcattn.nn.gated_linear_attention import (
@@ -10,15 +11,27 @@ from lcattn.nn.gated_linear_attention import (
     RetentionConfig,
 )
 from lcattn.nn.heads import HeadsConfig, HeadsMixer
+from lcattn.nn.hyper_attention import HyperAttention, HyperAttentionConfig
 from lcattn.nn.layers import SwiGLU
 from lcattn.nn.linear_attention import LinearAttention, LinearAttentionConfig
+from lcattn.nn.memory_as_context import ContextState, MemoryAsContext, MemoryAsContextConfig
+from lcattn.nn.memory_hybrids import (
+    HybridState,
+    MemoryAsGate,
+    MemoryAsGateConfig,
+    MemoryAsLayer,
+    MemoryAsLayerConfig,
+)
 from lcattn.nn.mixer import Mixer, MixerConfig
+from lcattn.nn.neural_memory import NeuralMemory, NeuralMemoryConfig
+from lcattn.nn.persistent_attention import PersistentAttention, PersistentAttentionConfig
 from lcattn.nn.prefix_linear_attention import (
     PrefixLinearAttention,
     PrefixLinearAttentionConfig,
     PrefixLinearAttentionState,
 )
 from lcattn.nn.recurrent import RecurrentState
+from lcattn.nn.routing_attention import RoutingAttention, RoutingAttentionConfig, RoutingState
 from lcattn.nn.selective_attention import SelectiveAttention, SelectiveAttentionConfig
 from lcattn.nn.short_convolution import (
     ConvolutionState,
@@ -34,7 +47,9 @@ __all__ = [
     "AgentState",
     "AttentionConfig",
     "AttentionMixer",
+    "AuxiliaryLoss",
     "CachedAttention",
+    "ContextState",
     "ConvolutionState",
     "CoreContextAttention",
     "CoreContextAttentionConfig",
@@ -45,16 +60,32 @@ __all__ = [
     "GatedLinearAttentionConfig",
     "HeadsConfig",
     "HeadsMixer",
+    "HybridState",
+    "HyperAttention",
+    "HyperAttentionConfig",
     "KeyValueCache",
     "LinearAttention",
     "LinearAttentionConfig",
+    "MemoryAsContext",
+    "MemoryAsContextConfig",
+    "MemoryAsGate",
+    "MemoryAsGateConfig",
+    "MemoryAsLayer",
+    "MemoryAsLayerConfig",
     "Mixer",
     "MixerConfig",
+    "NeuralMemory",
+    "NeuralMemoryConfig",
+    "PersistentAttention",
+    "PersistentAttentionConfig",
     "PrefixLinearAttention",
     "PrefixLinearAttentionConfig",
     "PrefixLinearAttentionState",
     "RecurrentState",
     "RetentionConfig",
+    "RoutingAttention",
+    "RoutingAttentionConfig",
+    "RoutingState",
     "SelectiveAttention",
     "SelectiveAttentionConfig",
     "ShortConvolution",
@@ -64,4 +95,5 @@ __all__ = [
     "SoftplusAttention",
     "SoftplusAttentionConfig",
     "SwiGLU",
+    "auxiliary_loss",
 ]

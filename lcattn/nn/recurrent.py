@@ -23,12 +23,12 @@ class RecurrentState:
     """What a recurrent mixer remembers; its size does not depend on the length.
 
     Attributes:
-      memory: the state of the recurrence, `[B,K,F,H]` in float32.
+      memory: the state of the recurrence in float32: `[B,K,F,H]`, or what the op calls its state.
       inputs: the last W-1 inputs of the convolution, `[B,W-1,C]`; W = 1 without one.
       length: number of tokens seen, a scalar int32.
     """
 
-    memory: Float[Array, "B K F H"]
+    memory: Any
     inputs: Float[Array, "B w C"]
     length: Int[Array, ""]
 
@@ -112,21 +112,25 @@ class RecurrentMixer[C: RecurrentConfig](HeadsMixer[C]):
         return self._gated_out(x, heads)
 
     def init_state(self, batch_size: int, max_length: int, dtype=None) -> RecurrentState:
-        """Zeros; the memory in float32 whatever `dtype`, since it sums over all tokens."""
+        """Nothing read yet; the memory is float32 whatever `dtype`: it sums over all tokens."""
         del max_length
         config = self.config
-        compute = config.dtype or "float32"
-        memory = (batch_size, config.kv_heads, config.key_size, config.head_size)
         inputs = (batch_size, (config.kernel_size or 1) - 1, self.channels)
         return RecurrentState(
-            memory=jnp.zeros(memory, jnp.promote_types(compute, jnp.float32)),
-            inputs=jnp.zeros(inputs, dtype or compute),
+            memory=self.init_memory(batch_size),
+            inputs=jnp.zeros(inputs, dtype or config.dtype or "float32"),
             length=jnp.zeros((), jnp.int32),
         )
 
+    def init_memory(self, batch_size: int) -> Any:
+        """The op's state before the first token."""
+        config = self.config
+        shape = (batch_size, config.kv_heads, config.key_size, config.head_size)
+        return jnp.zeros(shape, jnp.promote_types(config.dtype or "float32", jnp.float32))
+
     def extend(self, x: Hidden, state: RecurrentState) -> tuple[Hidden, RecurrentState]:
         """Continues each stream."""
-        check_stream(x, state.memory)
+        check_stream(x, state.inputs)
         positions = jnp.broadcast_to(
             state.length + jnp.arange(x.shape[1], dtype=jnp.int32), x.shape[:2]
         )

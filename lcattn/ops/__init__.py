@@ -23,6 +23,7 @@ from lcattn.ops.core_context_attention import (
 from lcattn.ops.dispatch import UnsupportedImplementationError
 from lcattn.ops.gated_delta_rule import gated_delta_rule
 from lcattn.ops.gated_linear_attention import gated_linear_attention
+from lcattn.ops.hyper_attention import hyper_attention
 from lcattn.ops.linear_attention import (
     FeatureMap,
     LinearAttentionState,
@@ -30,7 +31,17 @@ from lcattn.ops.linear_attention import (
     linear_attention_state,
     prefix_linear_attention,
 )
+from lcattn.ops.neural_memory import (
+    NeuralMemoryState,
+    neural_memory,
+    neural_memory_state,
+)
 from lcattn.ops.positions import alibi_slopes, rotary, segment_positions
+from lcattn.ops.routing_attention import (
+    RoutingAttentionState,
+    routing_attention,
+    routing_attention_state,
+)
 from lcattn.ops.selective_attention import selective_attention
 from lcattn.ops.short_convolution import short_convolution
 from lcattn.ops.softmax_attention import softmax_attention
@@ -41,6 +52,8 @@ __all__ = [
     "CoreContextState",
     "FeatureMap",
     "LinearAttentionState",
+    "NeuralMemoryState",
+    "RoutingAttentionState",
     "UnsupportedImplementationError",
     "agent_attention",
     "agent_attention_state",
@@ -49,11 +62,16 @@ __all__ = [
     "core_context_attention_state",
     "gated_delta_rule",
     "gated_linear_attention",
+    "hyper_attention",
     "linear_attention",
     "linear_attention_state",
+    "neural_memory",
+    "neural_memory_state",
     "pooled_agents",
     "prefix_linear_attention",
     "rotary",
+    "routing_attention",
+    "routing_attention_state",
     "segment_positions",
     "selective_attention",
     "short_convolution",

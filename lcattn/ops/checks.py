@@ -33,29 +33,40 @@ class Sizes:
         return self.N // self.K
 
 
-def check_heads(q: Array, k: Array, v: Array, segment_ids: Array | None = None) -> Sizes:
+def check_heads(q: Array, k: Array | None, v: Array, segment_ids: Array | None = None) -> Sizes:
     """Checks queries `[B,T,N,F]`, keys `[B,S,K,F]` and values `[B,S,K,H]` against each other.
+
+    Where `k` is None the queries are the keys, and T = S.
 
     Raises:
       ValueError: naming the first argument that does not fit, what was expected and what came.
     """
-    for name, array, axes in (("q", q, "[B,T,N,F]"), ("k", k, "[B,S,K,F]"), ("v", v, "[B,S,K,H]")):
+    arrays = {"q": (q, "[B,T,N,F]"), "k": (k, "[B,S,K,F]"), "v": (v, "[B,S,K,H]")}
+    for name, (array, axes) in arrays.items():
+        if array is None:
+            continue
         if array.ndim != 4:
             raise argument_error(name, f"4 axes {axes}", f"shape {array.shape}")
         if not jnp.issubdtype(array.dtype, jnp.floating):
             raise argument_error(name, "a floating-point dtype", array.dtype)
         if 0 in array.shape[1:]:
             raise argument_error(name, f"no empty axis in {axes} but B", f"shape {array.shape}")
-    for name, array in (("k", k), ("v", v)):
         if array.dtype != q.dtype:
             raise argument_error(name, f"the dtype of q, {q.dtype}", array.dtype)
-    (B, T, N, F), (S, K), H = q.shape, k.shape[1:3], v.shape[3]
-    if k.shape != (B, S, K, F):
-        raise argument_error("k", f"B={B} and F={F} as in q {q.shape}", f"shape {k.shape}")
-    if v.shape != (B, S, K, H):
-        raise argument_error("v", f"B, S, K = {(B, S, K)} as in k", f"shape {v.shape}")
+    (B, T, N, F), H = q.shape, v.shape[3]
+    if k is None:
+        S, K = T, v.shape[2]
+        if v.shape != (B, S, K, H):
+            raise argument_error("v", f"B={B} and T={T} as in q {q.shape}", f"shape {v.shape}")
+    else:
+        S, K = k.shape[1:3]
+        if k.shape != (B, S, K, F):
+            raise argument_error("k", f"B={B} and F={F} as in q {q.shape}", f"shape {k.shape}")
+        if v.shape != (B, S, K, H):
+            raise argument_error("v", f"B, S, K = {(B, S, K)} as in k", f"shape {v.shape}")
     if N % K:
-        raise argument_error("k", f"a number of heads K that divides the N={N} of q", f"K={K}")
+        name = "v" if k is None else "k"
+        raise argument_error(name, f"a number of heads K that divides the N={N} of q", f"K={K}")
     if segment_ids is not None:
         if T != S:
             raise argument_error("segment_ids", "as many queries as keys", f"T={T}, S={S}")

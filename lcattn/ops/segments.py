@@ -67,3 +67,26 @@ def document_bounds(ids: Int[Array, "B T"]) -> tuple[Int[Array, "B T"], Int[Arra
     is_last = jnp.pad(is_new[:, 1:], ((0, 0), (0, 1)), constant_values=True)
     end = lax.cummin(jnp.where(is_last, index + 1, T), axis=1, reverse=True)
     return first, end
+
+
+class DensePositions(NamedTuple):
+    """Positions in a row without its padding.
+
+    Attributes:
+      token: of each token; -1 for padding.
+      first: of the first token of its document.
+      end: the one after its document's last.
+    """
+
+    token: Int[Array, "b T"]
+    first: Int[Array, "b T"]
+    end: Int[Array, "b T"]
+
+
+def dense_positions(ids: Int[Array, "B T"]) -> DensePositions:
+    """Where each token, and its document, would be if the padding were taken out."""
+    is_real = ids >= 0
+    before = jnp.cumsum(is_real, axis=1, dtype=jnp.int32)  # tokens up to each index
+    before = jnp.pad(before, ((0, 0), (1, 0)))
+    first, end = (jnp.take_along_axis(before, x, axis=1) for x in document_bounds(ids))
+    return DensePositions(jnp.where(is_real, before[:, :-1], -1), first, end)

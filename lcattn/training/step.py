@@ -6,7 +6,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from flax import nnx
 
+from lcattn.nn import auxiliary_loss
 from lcattn.training.losses import LossSums, cross_entropy, per_token
 from lcattn.training.state import ModelDef, TrainState, Tree, shardings_of
 
@@ -26,6 +28,9 @@ def make_train_step(
 ) -> TrainStep:
     """One update: gradients of the mean loss over the batch's weighted tokens, then the optimiser.
 
+    To the mean loss come the terms that layers contribute (`lcattn.nn.AuxiliaryLoss`), averaged
+    over microbatches. Layers that learn outside the gradient do so once for each of them.
+
     Args:
       model_def: the model; called as `model(tokens, segment_ids=..., rng=...)`, with a new key in
         each step.
@@ -37,8 +42,10 @@ def make_train_step(
     """
 
     def objective(params: Tree, model_state: Tree, batch: Batch, rng: jax.Array, weight: jax.Array):
-        sums, model_state = apply(model_def, params, model_state, batch, rng)
-        return per_token(sums.loss + z_loss * sums.z, weight), (sums, model_state)
+        sums, model = apply(model_def, params, model_state, batch, rng)
+        loss = per_token(sums.loss + z_loss * sums.z, weight)
+        loss += auxiliary_loss(model) / num_microbatches
+        return loss, (sums, ModelDef.split(model)[1])
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         weight = batch["weights"].astype(jnp.float32).sum()
@@ -91,16 +98,15 @@ def make_eval_step(model_def: ModelDef) -> EvalStep:
 
 def apply(
     model_def: ModelDef, params: Tree, model_state: Tree, batch: Batch, rng: jax.Array | None
-) -> tuple[LossSums, Tree]:
-    """The loss sums of a batch, and the model's other variables after the call.
+) -> tuple[LossSums, nnx.Module]:
+    """The loss sums of a batch, and the model after the call, whose variables may have changed.
 
     With an `rng` the model is in training, without one in evaluation.
     """
     model: Any = model_def.merge(params, model_state)
     model.eval() if rng is None else model.train()  # Switches layers such as nnx.Dropout.
     logits = model(batch["tokens"], segment_ids=batch.get("segment_ids"), rng=rng)
-    _, model_state = ModelDef.split(model)
-    return cross_entropy(logits, batch["targets"], batch["weights"]), model_state
+    return cross_entropy(logits, batch["targets"], batch["weights"]), model
 
 
 def split_batch(batch: Batch, parts: int) -> Batch:

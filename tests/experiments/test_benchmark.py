@@ -59,6 +59,14 @@ class SquareBenchmark(OpBenchmark):
         return Cost(float(length), self.element_bytes(2 * length))
 
 
+class OwnReferenceBenchmark(SquareBenchmark):
+    def implementations(self):
+        return {
+            "cube": Implementation(lambda x: x**3, reference=lambda x: x * x * x),
+            "wrong cube": Implementation(lambda x: x**2, reference=lambda x: x * x * x),
+        }
+
+
 @pytest.fixture(scope="module")
 def results():
     return driver.measure(SquareBenchmark(), (16, 32), driver.PASSES, 16, QUICK)
@@ -134,6 +142,27 @@ def test_a_crossover_holds_to_the_end_and_is_more_than_noise():
     slow = [_row("slow", T, 1.0) for T in (1, 2, 4)]
     back_and_forth = [_row("other", T, ms) for T, ms in ((1, 2.0), (2, 0.5), (4, 0.95))]
     assert list(driver._crossovers(slow + back_and_forth)) == []
+
+
+def test_others_are_set_beside_the_baselines():
+    exact = [_row("exact", T, 4.0 * T, temp_bytes=100 * T) for T in (16, 32)]
+    dense = [_row("dense", 16, 2.0, temp_bytes=6400)]
+    ours = [_row("ours", T, 1.0 * T, temp_bytes=200 * T) for T in (16, 32)]
+    rows = exact + dense + ours
+    assert driver.beside(rows, ("exact", "dense")).rows == [
+        ["exact", "forward", 32, 1.0, 1.0, None, None],
+        ["dense", "forward", 16, 2.0 / 64, 4.0, 1.0, 1.0],
+        ["ours", "forward", 32, 0.25, 2.0, None, None],
+    ]
+    # Ahead of the first baseline all along: from the shortest length on. Others do not count.
+    found = list(driver._crossovers(rows, ("exact", "dense")))
+    assert found == [("forward", 16, "dense", "exact"), ("forward", 16, "ours", "exact")]
+
+
+def test_a_mechanism_is_held_against_its_own_definition():
+    operation = OwnReferenceBenchmark()
+    rows = driver.measure(operation, (8,), ("forward",), 8, QUICK)["rows"]
+    assert [row["status"] for row in rows] == ["ok", "WRONG (out)"]
 
 
 def test_time_on_the_device_counts_where_it_is_known():

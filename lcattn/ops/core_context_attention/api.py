@@ -149,7 +149,8 @@ def _merged(q: Array, k: Array, v: Array, cores: Cores, seen: Views, scale: floa
     parts = [chunked.attend(q, k, v, seen.tokens, scale=scale)]
     if cores.k.shape[1]:
         parts.append(chunked.attend(q, *cores, seen.cores, scale=scale))
-    return merge(*parts).astype(q.dtype)
+    out, _ = merge(*parts)
+    return out.astype(q.dtype)
 
 
 def _reference(q: Array, k: Array, v: Array, cores: Cores, seen: Views, scale: float) -> Array:

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 
 from lcattn.ops.checks import accumulation_dtype
-from lcattn.ops.segments import document_bounds
-from lcattn.ops.visibility import HIDDEN, NEVER, Visibility
+from lcattn.ops.segments import dense_positions
+from lcattn.ops.visibility import NEVER, Visibility
 from lcattn.typing import Array, Float, Int
 
 
@@ -94,11 +94,7 @@ def packed_groups(segment_ids: Int[Array, "B T"], group_size: int, window: int) 
     B, T = segment_ids.shape
     count = T // group_size
     is_real = segment_ids >= 0
-    position = jnp.where(is_real, jnp.cumsum(is_real, axis=1, dtype=jnp.int32) - 1, HIDDEN)
-    first, end = document_bounds(segment_ids)
-    before = jnp.cumsum(is_real, axis=1, dtype=jnp.int32)  # tokens up to each index
-    before = jnp.pad(before, ((0, 0), (1, 0)))
-    origin, last = (jnp.take_along_axis(before, x, axis=1) for x in (first, end))
+    position, origin, last = dense_positions(segment_ids)
 
     is_end = is_real & ((position - origin + 1) % group_size == 0)
     at = jnp.argsort(~is_end, axis=1, stable=True)[:, :count]  # the ends come first

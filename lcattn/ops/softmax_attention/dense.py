@@ -7,7 +7,7 @@ from lcattn.ops import dispatch
 from lcattn.ops.checks import Sizes, accumulation_dtype
 from lcattn.ops.softmax_attention.alibi import Alibi
 from lcattn.ops.visibility import Visibility
-from lcattn.typing import Array
+from lcattn.typing import Array, Bool, Float
 
 
 def reference(
@@ -15,13 +15,21 @@ def reference(
 ) -> tuple[Array, Array]:
     """The formula of the docstring, term by term; materialises T·S scores."""
     del rest
-    (B, T, N, _), K = q.shape, k.shape[2]
+    N, K = q.shape[2], k.shape[2]
     dtype = accumulation_dtype(q.dtype)
     k, v = (jnp.repeat(x, N // K, axis=2) for x in (k, v))
     scores = scale * jnp.einsum("btnh,bsnh->bnts", q, k, preferred_element_type=dtype)
     if alibi is not None:
         scores += alibi.bias()
-    seen = visibility.mask()[:, None]
+    probabilities, lse = masked_softmax(scores, visibility.mask()[:, None])
+    out = jnp.einsum("bnts,bsnh->btnh", probabilities, v, preferred_element_type=dtype)
+    return out.astype(q.dtype), lse.transpose(0, 2, 1)
+
+
+def masked_softmax(
+    scores: Float[Array, "*rows S"], seen: Bool[Array, "*#rows S"]
+) -> tuple[Float[Array, "*rows S"], Float[Array, "*rows"]]:
+    """Probabilities of the seen keys, and the log of their denominator; 0 and -inf if none is."""
     highest = jnp.max(scores, axis=-1, keepdims=True, where=seen, initial=-jnp.inf)
     highest = jax.lax.stop_gradient(jnp.where(jnp.isfinite(highest), highest, 0))
     # Hidden scores are replaced before exp, so that no inf enters the gradient. A fused
@@ -32,10 +40,9 @@ def reference(
     weights = jnp.where(seen, jnp.exp(below), 0)
     total = weights.sum(axis=-1, keepdims=True)
     empty = total == 0
-    probabilities = weights / jnp.where(empty, 1, total)
-    out = jnp.einsum("bnts,bsnh->btnh", probabilities, v, preferred_element_type=dtype)
-    lse = jnp.where(empty, -jnp.inf, highest + jnp.log(jnp.where(empty, 1, total)))
-    return out.astype(q.dtype), jnp.broadcast_to(lse[..., 0], (B, N, T)).transpose(0, 2, 1)
+    safe = jnp.where(empty, 1, total)
+    lse = jnp.where(empty, -jnp.inf, highest + jnp.log(safe))
+    return weights / safe, lse[..., 0]
 
 
 def materialized(

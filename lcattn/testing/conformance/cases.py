@@ -38,6 +38,7 @@ class OpCase:
       implementations: their names, the plainest first: gradients of the others are held against
         its, and its against finite differences of the oracle. The last one, which should be what
         `implementation=None` runs, goes through more sizes and JAX's transformations.
+      is_causal: earlier outputs do not depend on later tokens; False for published forms that leak.
       bidirectional: also takes `causal=False`.
       stateful: takes `initial_state` and `return_state`.
       chunk: a length at which the computation changes its course; lengths around it are tried.
@@ -61,6 +62,7 @@ class OpCase:
     )
     sizes: Sizes = dataclasses.field(default_factory=dict)
     implementations: Sequence[str | None] = ("reference", "xla")
+    is_causal: bool = True
     bidirectional: bool = False
     stateful: bool = False
     chunk: int = 8

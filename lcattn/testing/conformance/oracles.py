@@ -81,6 +81,36 @@ def core_context_attention(
     return out
 
 
+def routing_attention(
+    inputs: Inputs,
+    segment_ids: np.ndarray | None,
+    *,
+    causal: bool = True,
+    cluster_size: int,
+    strict: bool,
+) -> np.ndarray:
+    """Softmax among the last tokens of one's cluster, or averaged over balanced clusters."""
+    q, v = inputs["q"], inputs["v"]
+    x = q - q.mean(axis=-1, keepdims=True)
+    x /= np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + 1e-6)
+    out, times = np.zeros((*q.shape[:3], v.shape[-1])), np.zeros((*q.shape[:3], 1))
+    for b, t, n, head, seen in _queries(q, v, segment_ids, causal):
+        document = _visible(b, t, q.shape[1], segment_ids, causal=False)
+        affinity = x[b, :, n] @ inputs["centroids"][n].T
+        for c, column in enumerate(affinity.T):
+            if strict:
+                keys = seen[affinity[seen].argmax(axis=-1) == c][-cluster_size:]
+            else:
+                nearest = document[np.argsort(-column[document], kind="stable")]
+                keys = np.intersect1d(nearest[:cluster_size], document)
+            if t in keys:
+                keys = np.intersect1d(keys, seen)
+                weights = _softmax(x[b, keys, n] @ x[b, t, n] / np.sqrt(q.shape[-1]))
+                out[b, t, n] += weights @ v[b, keys, head]
+                times[b, t, n] += 1
+    return out / np.maximum(times, 1)
+
+
 def selective_attention(
     inputs: Inputs, segment_ids: np.ndarray | None, *, causal: bool = True
 ) -> np.ndarray:
@@ -164,6 +194,68 @@ def _recurrence(inputs: Inputs, segment_ids: np.ndarray | None, write: Callable)
     return out
 
 
+def gelu(x: np.ndarray) -> np.ndarray:
+    """In its tanh form."""
+    return x / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
+
+
+def neural_memory(
+    inputs: Inputs,
+    segment_ids: np.ndarray | None,
+    *,
+    causal: bool = True,
+    chunk_size: int,
+    activation: Callable[[np.ndarray], np.ndarray] = gelu,
+) -> np.ndarray:
+    """S = eta S - theta grad |M(k) - v|², M = (1 - alpha) M + S, o = M(q); layers `w0`, `w1`."""
+    assert causal
+    q, k, v = inputs["q"], inputs["k"], inputs["v"]
+    starts = [inputs[name] for name in sorted(inputs) if name.startswith("w")]
+    (B, T, N), K, states = q.shape[:3], k.shape[2], inputs["decay"].shape[2]
+    out = np.zeros((B, T, N, v.shape[3]))
+    for b, n in np.ndindex(B, N):
+        head, state = n * K // N, n * states // N
+        document, count, anchor, weights, momenta = None, 0, [], [], []
+        for t in range(T):
+            ids = 0 if segment_ids is None else segment_ids[b, t]
+            if ids < 0:
+                continue
+            if ids != document:
+                document, count = ids, 0
+                weights = [start[state] for start in starts]
+                momenta = [np.zeros_like(w) for w in weights]
+            if count % chunk_size == 0:
+                anchor = weights
+            count += 1
+            slopes = _memory_gradients(anchor, k[b, t, head], v[b, t, head], activation)
+            theta, eta, alpha = (
+                inputs[gate][b, t, state] for gate in ("learning_rate", "momentum", "decay")
+            )
+            momenta = [eta * s - theta * slope for s, slope in zip(momenta, slopes, strict=True)]
+            weights = [(1 - alpha) * w + s for w, s in zip(weights, momenta, strict=True)]
+            *inner, last = weights
+            x = q[b, t, n]
+            for w in inner:
+                x = activation(x @ w)
+            out[b, t, n] = x @ last
+    return out
+
+
+def _memory_gradients(weights, k, v, activation) -> list[np.ndarray]:
+    """Of |M(k) - v|² by the chain rule; slopes of the activation by a step along the imaginary."""
+    inputs, sums = [k], []
+    for w in weights:
+        sums.append(inputs[-1] @ w)
+        inputs.append(activation(sums[-1]))
+    error, gradients = 2 * (sums[-1] - v), []
+    for layer in reversed(range(len(weights))):
+        gradients.insert(0, np.outer(inputs[layer], error))
+        if layer:
+            slope = activation(sums[layer - 1] + 1e-30j).imag / 1e-30
+            error = slope * (weights[layer] @ error)
+    return gradients
+
+
 def short_convolution(
     inputs: Inputs, segment_ids: np.ndarray | None, *, causal: bool = True
 ) -> np.ndarray:
@@ -200,6 +292,75 @@ def softplus_attention(
                 weights = excess**power / np.sum(excess**power)
         out[b, t, n] = weights @ v[b, seen, head]
     return out
+
+
+def hyper_attention(
+    inputs: Inputs,
+    segment_ids: np.ndarray | None,
+    *,
+    causal: bool = True,
+    planes: Callable[[int], np.ndarray],
+    sample: Callable[[float, int, int], np.ndarray],
+    block_size: int,
+    min_seq_len: int,
+    strict: bool = True,
+) -> np.ndarray:
+    """Documents by leaves and pairs of segments; keys count once, S/m a sample, or not at all.
+
+    `sample(seed, draw_id, S)` gives the sampled places among S sorted keys.
+    """
+    q, k, v = inputs["q"], inputs["k"], inputs["v"]
+    out = np.zeros((*q.shape[:3], v.shape[-1]))
+    normals, s = planes(q.shape[-1]), min_seq_len
+    for b, n in np.ndindex(q.shape[0], q.shape[2]):
+        ids = np.zeros(q.shape[1]) if segment_ids is None else segment_ids[b]
+        for document in np.unique(ids[ids >= 0]):
+            tokens = np.flatnonzero(ids == document)
+            queries, keys, values = (x[b, tokens, n * x.shape[2] // q.shape[2]] for x in (q, k, v))
+            rank = _gray_ranks(queries, normals), _gray_ranks(keys, normals)
+            T, place = len(tokens), np.arange(len(tokens))
+            pairs = []  # of queries and keys, with what their samples are drawn from
+            if causal:
+                is_exact = (place[:, None] // s == place // s) & (place[:, None] >= place)
+                span = s
+                while span < T:
+                    for first in range(span, T, 2 * span):
+                        reading = range(first, min(first + span, T))
+                        pairs.append((reading, range(first - span, first), first // s))
+                    span *= 2
+            else:
+                is_exact = np.full((T, T), s >= T)
+                pairs = [(range(T), range(T), 0)] if s < T else []
+            times = is_exact.astype(np.float64)
+            for reading, read, draw_id in pairs:
+                drawn = sample(inputs["seeds"][b, n], draw_id, len(read))
+                _estimate(times, *rank, reading, read, drawn, block_size, strict)
+            scores = queries @ keys.T / np.sqrt(q.shape[-1])
+            weights = times * np.exp(scores - scores.max(axis=1, keepdims=True))
+            out[b, tokens, n] = weights @ values / weights.sum(axis=1, keepdims=True)
+    return out
+
+
+def _estimate(times, query_rank, key_rank, reading, read, drawn, block_size, strict) -> None:
+    """Fills in how often each key counts for each query: its block, and samples from elsewhere."""
+    S = len(read)
+    by_rank = sorted(read, key=lambda j: (key_rank[j], j))
+    for nth, i in enumerate(sorted(reading, key=lambda i: (query_rank[i], i))):
+        if strict:
+            below = sum(key_rank[j] < query_rank[i] for j in read)
+            block = min(below // block_size, (S - 1) // block_size)
+        else:
+            block = nth // -(-block_size * len(reading) // S)
+        times[i, by_rank[block * block_size : (block + 1) * block_size]] = 1
+        for place in drawn:
+            if place // block_size != block:
+                times[i, by_rank[place]] += S / len(drawn)
+
+
+def _gray_ranks(x: np.ndarray, planes: np.ndarray) -> list[int]:
+    sequence = [t ^ (t >> 1) for t in range(2 ** planes.shape[1])]
+    codes = (x @ planes > 0) @ 2 ** np.arange(planes.shape[1])
+    return [sequence.index(code) for code in codes.tolist()]
 
 
 def _softmax(x: np.ndarray) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""The library's own mechanisms as cases of the suite."""
+"""The library's own ops as cases of the suite."""
 
 import dataclasses
 import functools
@@ -7,10 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lcattn import nn, ops
+from lcattn import ops
 from lcattn.nn.layers import unit_norm
+from lcattn.ops.hyper_attention import draws
 from lcattn.testing.conformance import oracles
-from lcattn.testing.conformance.cases import MixerCase, OpCase
+from lcattn.testing.conformance.cases import OpCase
 
 _FEW = {"B": 2, "N": 2, "K": 1, "H": 4}  # sizes for lengths of several blocks
 _QKV = {"q": "B T N H", "k": "B T K H", "v": "B T K H"}
@@ -124,6 +125,47 @@ def _delta_case(name: str, gates: str, *, decay: bool = True, is_variant: bool =
     )
 
 
+def _memory_case(name: str, layers: list[str], gates: str, **fields) -> OpCase:
+    weights = {f"w{i}": axes for i, axes in enumerate(layers)}
+    gated = dict.fromkeys(("learning_rate", "momentum", "decay"), gates)
+    return OpCase(
+        name=f"neural_memory[{name}]",
+        op=_tame_memory,
+        oracle=_tame_memory_oracle,
+        inputs={"q": "B T N F", "k": "B T K F", "v": "B T K H"} | gated | weights,
+        sizes={"F": 4, "E": 5},
+        options={"chunk_size": 8},
+        stateful=True,
+        gradient_tolerance=_GATE_GRADIENTS,
+        **fields,
+    )
+
+
+def _tame_memory(q, k, v, learning_rate, momentum, decay, *, w0, w1=None, **options):
+    """Keys, values and network of norm 1 and small steps, outside of which the memory diverges."""
+    dtype = jnp.promote_types(q.dtype, jnp.float32)
+    rate, momentum, decay = (
+        jax.nn.sigmoid(gate.astype(dtype)) for gate in (learning_rate, momentum, decay)
+    )
+    weights = [w.astype(dtype) for w in (w0, w1) if w is not None]
+    weights = [w / jnp.sqrt(1 + jnp.sum(w**2, axis=(1, 2), keepdims=True)) for w in weights]
+    return ops.neural_memory(
+        q, unit_norm(k), unit_norm(v), rate / 16, momentum, decay / 4, weights, **options
+    )
+
+
+def _tame_memory_oracle(inputs, segment_ids, *, causal=True):
+    inputs = dict(inputs)
+    for name, x in inputs.items():
+        if name in ("k", "v"):
+            inputs[name] = x / np.sqrt(np.sum(x**2, axis=-1, keepdims=True) + 1e-6)
+        if name in (sizes := {"learning_rate": 16, "momentum": 1, "decay": 4}):
+            inputs[name] = 1 / (1 + np.exp(-x)) / sizes[name]
+        if name.startswith("w"):
+            inputs[name] = x / np.sqrt(1 + np.sum(x**2, axis=(1, 2), keepdims=True))
+    return oracles.neural_memory(inputs, segment_ids, causal=causal, chunk_size=8)
+
+
 def _convolution_case(taps: int, *, is_variant: bool = False) -> OpCase:
     return OpCase(
         name=f"short_convolution[taps={taps}]",
@@ -161,6 +203,45 @@ def _core_context_case(
         options=options,
         chunk=chunk or group_size + window,
         **fields,
+    )
+
+
+def _routing_case(strict: bool, **fields) -> OpCase:
+    options = {"cluster_size": 4, "strict": strict}
+    return OpCase(
+        name=f"routing_attention[{'strict' if strict else 'published'}]",
+        op=ops.routing_attention,
+        oracle=functools.partial(oracles.routing_attention, **options),
+        inputs={"q": "B T N F", "v": "B T K H", "centroids": "N C F"},
+        sizes={"C": 3, "F": 8},
+        options=options,
+        is_causal=strict,
+        bidirectional=not strict,
+        **fields,
+    )
+
+
+_HYPER = {"block_size": 4, "min_seq_len": 8}
+_SAMPLES = 3
+
+
+@functools.cache
+def _planes(size: int) -> np.ndarray:
+    # No token lies so near to one of these that a finite difference takes it across.
+    return np.random.default_rng(size + 1).standard_normal((size, 3)).astype(np.float32)
+
+
+@functools.cache
+def _sample(seed: float, draw_id: int, population: int) -> np.ndarray:
+    drawn = draws.sample(jax.random.key(int(seed)), draw_id, population, _SAMPLES)
+    return np.asarray(drawn)
+
+
+def _seeded_hyper_attention(q, k, v, seeds, **options):
+    """With a key for each row and head, which a mesh then spreads as it does queries."""
+    keys = jax.vmap(jax.vmap(jax.random.key))(seeds.astype(jnp.int32))
+    return ops.hyper_attention(
+        q, k, v, jnp.asarray(_planes(q.shape[-1])), rng=keys, sample_size=_SAMPLES, **options
     )
 
 
@@ -217,6 +298,8 @@ OPS: tuple[OpCase, ...] = (
     _gated_case("B T N F"),
     _delta_case("log_decay=BTN", "B T N"),
     _delta_case("log_decay=None", "B T K", decay=False, is_variant=True),
+    _memory_case("layers=2", ["N F E", "N E H"], "B T N"),
+    _memory_case("layers=1,grouped", ["K F H"], "B T K", is_variant=True),
     _convolution_case(1, is_variant=True),
     _convolution_case(4),
     _agent_case("", options={"chunk_size": 8}, bidirectional=True, stateful=True),
@@ -224,6 +307,19 @@ OPS: tuple[OpCase, ...] = (
     _core_context_case(4, 2, is_variant=True),
     _core_context_case(3, 100, chunk=256, sizes=_FEW, is_variant=True),
     _core_context_case(3, 5, share_cores=True, is_variant=True),
+    _routing_case(strict=True),
+    _routing_case(strict=False, is_variant=True),
+    OpCase(
+        name="hyper_attention",
+        op=_seeded_hyper_attention,
+        oracle=functools.partial(
+            oracles.hyper_attention, planes=_planes, sample=_sample, **_HYPER
+        ),
+        inputs=_QKV | {"seeds": "B N"},
+        draw={"seeds": lambda rng, shape: rng.integers(0, 100, shape) + 0.5},
+        options=_HYPER,
+        bidirectional=True,
+    ),
     OpCase(
         name="selective_attention",
         op=ops.selective_attention,
@@ -237,116 +333,3 @@ OPS: tuple[OpCase, ...] = (
     _softplus_case(15.0),
     _softplus_case(3.0, chunk=256, sizes=_FEW, is_variant=True),
 )  # fmt: skip
-
-
-def _softmax_mixer(name: str, **fields) -> MixerCase:
-    config = nn.SoftmaxAttentionConfig(width=16, num_heads=4, **fields)
-    return MixerCase(name=f"SoftmaxAttention[{name}]", config=config)
-
-
-def _linear_mixer(name: str, **fields) -> MixerCase:
-    config = nn.LinearAttentionConfig(width=16, num_heads=4, feature_dim=4, **fields)
-    return MixerCase(name=f"LinearAttention[{name}]", config=config)
-
-
-def _convolution_mixer(taps: int) -> MixerCase:
-    config = nn.ShortConvolutionConfig(width=16, kernel_size=taps)
-    return MixerCase(name=f"ShortConvolution[taps={taps}]", config=config, chunk=max(2, taps))
-
-
-def _agent_mixer(name: str, **fields) -> MixerCase:
-    config = nn.AgentAttentionConfig(width=16, num_heads=4, num_agents=3, agent_std=1.0, **fields)
-    return MixerCase(name=f"AgentAttention[{name}]", config=config)
-
-
-def _core_context_mixer(name: str, **fields) -> MixerCase:
-    config = nn.CoreContextAttentionConfig(width=16, num_heads=4, group_size=3, window=5, **fields)
-    return MixerCase(name=f"CoreContextAttention[{name}]", config=config)
-
-
-def _selective_mixer(name: str, **fields) -> MixerCase:
-    config = nn.SelectiveAttentionConfig(
-        width=16, num_heads=4, gate_init="xavier", position_init=0.3, **fields
-    )
-    return MixerCase(name=f"SelectiveAttention[{name}]", config=config)
-
-
-def _softplus_mixer(name: str, **fields) -> MixerCase:
-    config = nn.SoftplusAttentionConfig(width=16, num_heads=4, **fields)
-    return MixerCase(
-        name=f"SoftplusAttention[{name}]", config=config,
-        tolerance=1e-4, low_precision_tolerance=1e-1,
-    )  # fmt: skip
-
-
-def _gated_mixer(name: str, kind=nn.GatedLinearAttentionConfig, **fields) -> MixerCase:
-    config = kind(width=16, num_heads=4, chunk_size=8, **fields)
-    return MixerCase(name=f"GatedLinearAttention[{name}]", config=config)
-
-
-def _delta_mixer(name: str, kind=nn.GatedDeltaNetConfig, **fields) -> MixerCase:
-    config = kind(width=16, num_heads=4, chunk_size=8, **fields)
-    return MixerCase(name=f"GatedDeltaNet[{name}]", config=config)
-
-
-def _variant(case: MixerCase) -> MixerCase:
-    return dataclasses.replace(case, is_variant=True)
-
-
-MIXERS: tuple[MixerCase, ...] = (
-    _softmax_mixer("rope"),
-    _variant(
-        _softmax_mixer("grouped,qk_norm,rope_size=2", num_kv_heads=2, qk_norm=True, rope_size=2)
-    ),
-    _variant(_softmax_mixer("alibi", position_encoding="alibi")),
-    _softmax_mixer("window=8", window=8),
-    _variant(
-        _softmax_mixer(
-            "window=8,alibi,grouped", window=8, position_encoding="alibi", num_kv_heads=1
-        )
-    ),
-    _variant(_softmax_mixer("window=1,nope", window=1, position_encoding="nope")),
-    _variant(_linear_mixer("taylor")),
-    _linear_mixer("taylor,chunk=8,grouped", chunk_size=8, num_kv_heads=2),
-    _variant(_linear_mixer("identity,norm", feature_map="identity", chunk_size=8)),
-    _gated_mixer("channel,grouped", num_kv_heads=2),
-    _variant(_gated_mixer("head,convolved", decay="head", kernel_size=4)),
-    _variant(_gated_mixer("retention", nn.RetentionConfig)),
-    _delta_mixer("gated", allow_negative_eigenvalues=True),
-    _variant(_delta_mixer("grouped,no convolution", num_kv_heads=2, kernel_size=None)),
-    _variant(_delta_mixer("no decay", nn.DeltaNetConfig)),
-    MixerCase(
-        name="PrefixLinearAttention",
-        config=nn.PrefixLinearAttentionConfig(
-            width=16, num_heads=4, num_kv_heads=2, feature_dim=4, chunk_size=8, prefix_length=5
-        ),
-    ),
-    _variant(_convolution_mixer(1)),
-    _convolution_mixer(3),
-    _agent_mixer("causal"),
-    _variant(
-        _agent_mixer("causal,grouped,chunk=8", num_kv_heads=2, chunk_size=8, kernel_size=None)
-    ),
-    _variant(_agent_mixer("bidirectional", causal=False, kernel_size=None)),
-    _core_context_mixer("rope"),
-    _variant(_core_context_mixer("nope,grouped", position_encoding="nope", num_kv_heads=2)),
-    _variant(_core_context_mixer("rope,grouped,share_cores", num_kv_heads=2, share_cores=True)),
-    _selective_mixer("raw"),
-    _variant(
-        _selective_mixer(
-            "sigmoid,layer,grouped,window=8",
-            position="sigmoid",
-            position_per_head=True,
-            gate_per_head=False,
-            num_kv_heads=2,
-            window=8,
-        )
-    ),
-    _variant(_selective_mixer("exp,hidden", position="exp", gate_hidden=8)),
-    _softplus_mixer("rope,power=15"),
-    _variant(
-        _softplus_mixer(
-            "nope,grouped,power=None", position_encoding="nope", num_kv_heads=2, power=None
-        )
-    ),
-)

@@ -1,0 +1,31 @@
+"""Angular locality-sensitive hashing: near vectors get near places in a one-dimensional order."""
+
+import jax.numpy as jnp
+from jax import lax
+
+from lcattn.ops.checks import accumulation_dtype
+from lcattn.typing import Array, Float, Int
+
+
+def ranks(x: Float[Array, "T F"], planes: Float[Array, "F r"]) -> Int[Array, "T"]:
+    """The rank of each vector's bucket, from 0 to 2^r - 1.
+
+    Bit i of a bucket says on which side of plane i the vector lies. Buckets are ranked along the
+    reflected Gray sequence, so that neighbours in rank are separated by one plane. Projections are
+    summed in float32: in bfloat16 many would change sides.
+    """
+    x = lax.stop_gradient(x).astype(accumulation_dtype(x.dtype))
+    sides = jnp.matmul(x, planes.astype(x.dtype), precision=lax.Precision.HIGHEST) > 0
+    bits = jnp.arange(planes.shape[1], dtype=jnp.int32)
+    return gray_rank(jnp.sum(sides << bits, axis=-1, dtype=jnp.int32))
+
+
+def gray_rank(code: Int[Array, "..."]) -> Int[Array, "..."]:
+    """The place of a code in the reflected Gray sequence: the inverse of `t ^ (t >> 1)`.
+
+    The published code applies that map forward. Of the neighbours in its order, 24% differ in more
+    than one of seven bits, and some in four.
+    """
+    for shift in (1, 2, 4, 8, 16):
+        code = code ^ (code >> shift)
+    return code
