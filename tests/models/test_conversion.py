@@ -12,6 +12,7 @@ from lcattn.models import LMConfig, convert, converted_config
 from lcattn.nn import (
     CoreContextAttentionConfig,
     GatedLinearAttentionConfig,
+    HyperAttentionConfig,
     LinearAttentionConfig,
     SelectiveAttentionConfig,
     ShortConvolutionConfig,
@@ -57,11 +58,15 @@ def converted(mixer, **options):
 SAME = {
     "selective": SelectiveAttentionConfig(),
     "core context, within its window": CoreContextAttentionConfig(group_size=4, window=T),
+    "hyper, up to its least length": HyperAttentionConfig(min_seq_len=T, block_size=4),
     "softmax, within its window": SoftmaxAttentionConfig(window=T),
 }
 OTHER = {
     "selective, sigmoid": SelectiveAttentionConfig(position="sigmoid"),
     "core context, beyond its window": CoreContextAttentionConfig(group_size=2, window=4),
+    "hyper, beyond its least length": HyperAttentionConfig(
+        min_seq_len=4, block_size=2, sample_size=2
+    ),
     "softmax, beyond its window": SoftmaxAttentionConfig(window=4),
     "softplus": SoftplusAttentionConfig(),
 }
