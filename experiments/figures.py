@@ -12,9 +12,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
 from matplotlib.image import AxesImage
 
-# Okabe and Ito (2008), black last. Every curve also has a marker of its own.
-PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442", "#000000")
-_TOO_LIGHT = "#F0E442"  # for text, and thin lines of text
+# Okabe and Ito (2008), black last, and olive for their yellow, which no line on white can wear.
+# Every curve also has a marker of its own.
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#999933", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 
 _STYLE = {
@@ -57,7 +57,6 @@ class Panel:
       series: what is drawn.
       xscale, yscale: "log2" marks powers of 2 by their values.
       ylim: None fits the data.
-      xlim: None fits the data.
       direct_labels: name each curve at its last point, beside the axes, where many curves make a
         legend hard to follow. The panel is then larger.
     """
@@ -68,7 +67,6 @@ class Panel:
     title: str = ""
     xscale: Literal["linear", "log", "log2"] = "linear"
     yscale: Literal["linear", "log", "log2"] = "linear"
-    xlim: tuple[float, float] | None = None
     ylim: tuple[float, float] | None = None
     direct_labels: bool = False
 
@@ -97,12 +95,12 @@ class HeatMap:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Figure:
-    """Panels with one legend, saved as `<name>.png`.
+    """Panels with one legend and one colour bar, saved as `<name>.png`.
 
     Attributes:
       name: of the file.
       caption: one or two sentences on what is seen.
-      panels: from left to right.
+      panels: from left to right. Heat maps have the same limits and label.
       max_columns: panels in a row; more of them begin another row.
     """
 
@@ -161,7 +159,7 @@ def _add_legend(canvas: Canvas) -> None:
 def _add_color_bar(
     canvas: Canvas, colors: dict[Axes, AxesImage], panels: Sequence[Panel | HeatMap]
 ) -> None:
-    [label] = {panel.label for panel in panels if isinstance(panel, HeatMap)}
+    [(label, _)] = {(p.label, tuple(p.limits)) for p in panels if isinstance(p, HeatMap)}
     bar = canvas.colorbar(next(iter(colors.values())), ax=list(colors), label=label)
     bar.outline.set_visible(False)
 
@@ -177,8 +175,6 @@ def _draw(axes: Axes, panel: Panel, looks: dict[str, tuple[str, str]]) -> None:
     _scale(axes, "x", panel.xscale)
     _scale(axes, "y", panel.yscale)
     axes.set(xlabel=panel.xlabel, ylabel=panel.ylabel, title=panel.title)
-    if panel.xlim is not None:
-        axes.set_xlim(panel.xlim)
     if panel.ylim is not None:
         axes.set_ylim(panel.ylim)
     if panel.direct_labels:
@@ -198,7 +194,7 @@ def _name_curves(axes: Axes, panel: Panel, looks: dict[str, tuple[str, str]]) ->
         color, _ = looks[label]
         axes.annotate(
             label, xy=ends[label], xytext=(1.04, height), textcoords="axes fraction",
-            fontsize=8, va="center", color=color if color != _TOO_LIGHT else "#8a7f00",
+            fontsize=8, va="center", color=color,
             annotation_clip=False,
             arrowprops={
                 "arrowstyle": "-", "color": color, "linewidth": 0.7, "alpha": 0.6, "shrinkB": 4,

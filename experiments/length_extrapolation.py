@@ -48,15 +48,16 @@ def length_extrapolation(
     start, environment = time.monotonic(), reporting.environment()
     text = task.make()
     runs = train_each(models, text, training, run_dir / "models")
+    records = {name: record for name, _, record in runs}
     results = {
         "script": "length_extrapolation",
         "environment": environment,
-        "models": {name: record for name, _, record in runs},
+        "seconds": time.monotonic() - start,
+        "models": records,
         "length": task.length,
         "judged_bytes": int(text.judged_documents.data.size),
         "judged_documents": len(text.judged_documents),
     }
-    results["seconds"] = time.monotonic() - start
     reporting.publish(results, report, run_dir)
 
 
@@ -69,8 +70,8 @@ def report(results: Mapping[str, Any]) -> Report:
             reporting.describe_environment(results["environment"]),
             f"Every length is judged by the same bytes, the beginnings of "
             f"{results['judged_documents']} held-out files, {results['judged_bytes']:,} bytes in "
-            "all: a model that holds gains from the longer context, and its loss falls. "
-            f"{reporting.took(results['seconds'])}",
+            "all: a model that holds gains from the longer context, and its loss falls. Each model "
+            f"is one run of one seed. {reporting.took(results['seconds'])}",
             figure(models, length),
             table(models),
             rise_table(models),

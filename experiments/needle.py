@@ -64,7 +64,8 @@ def report(results: Mapping[str, Any]) -> Report:
     """The report, from the recorded results alone."""
     blocks: list[str | Table | Figure] = [
         reporting.describe_environment(results["environment"]),
-        "A row counts if every token of the answer is the most likely one. "
+        "A row counts if every token of the answer is the most likely one. Each model is one run "
+        "of one seed. "
         f"{reporting.took(results['seconds'])}",
     ]
     for name, task in results["tasks"].items():
@@ -124,7 +125,7 @@ def figure(name: str, task: Mapping[str, Any]) -> Figure:
         for model, run in task["models"].items()
     ]
     caption = f"{name}: share of rows answered, by the length of the row and the needle's depth."
-    return Figure(name=f"needle_{folder(name)}", caption=caption, panels=panels)
+    return Figure(name=f"needle_{folder(name)}", caption=caption, panels=panels, max_columns=3)
 
 
 def scores(task: Mapping[str, Any], run: Mapping[str, Any]) -> list[list[float]]:

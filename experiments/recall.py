@@ -6,7 +6,6 @@ Interrupted, the same command continues where it stopped. The task is multi-quer
 (`lcattn.tasks.mqar`); the figure is that of BASED (Arora et al. 2024, arXiv 2402.18668, figure 2).
 """
 
-import dataclasses
 import statistics
 import sys
 import time
@@ -49,22 +48,20 @@ def recall(
       run_dir: receives a folder for each run, `results.json`, `report.md` and the figure.
     """
     start, environment = time.monotonic(), reporting.environment()
-    models = fill(model, mechanisms)
+    rows, models = task.make(), fill(model, mechanisms)
     configs = {name: config for sizes in models.values() for name, config in sizes.items()}
-    records: dict[str, dict[str, Any]] = {}
+    records: dict[str, list[dict[str, Any]]] = {name: [] for name in configs}
     for rate in learning_rates or (training.optimizer.learning_rate,):
         at_rate = training.replace(optimizer=training.optimizer.replace(learning_rate=rate))
-        runs = train_each(configs, task.make(), at_rate, run_dir / "models" / f"rate_{rate:g}")
-        for name, _, record in runs:
-            record["learning_rate"] = rate
-            best = records.setdefault(name, record)
-            records[name] = max(best, record, key=mean_accuracy)
+        folder = run_dir / "models" / f"rate_{rate:g}"
+        for name, _, record in train_each(configs, rows, at_rate, folder):
+            records[name].append({**record, "learning_rate": rate})
     results = {
         "script": "recall",
         "environment": environment,
         "seconds": time.monotonic() - start,
         "mechanisms": {
-            mechanism: {name: records[name] for name in sizes}
+            mechanism: {name: max(records[name], key=mean_accuracy) for name in sizes}
             for mechanism, sizes in models.items()
         },
     }
@@ -74,33 +71,26 @@ def recall(
 def fill(
     model: LMConfig, mechanisms: Mapping[str, Sequence[MixerConfig]]
 ) -> dict[str, dict[str, LMConfig]]:
-    """The models of each mechanism by a name that says their size, `GLA, feature_dim=8`."""
+    """The models of each mechanism, by names that say their sizes: `GLA, feature_dim=8`."""
     if PLACE not in model.pattern:
         raise argument_error("recall.model", f"{PLACE!r} in its pattern", model.pattern)
-    if not mechanisms or not all(mechanisms.values()):
-        raise argument_error("recall.mechanisms", "at least one config a mechanism", mechanisms)
+    models = {}
     for mechanism, mixers in mechanisms.items():
-        if len(set(mixers)) < len(mixers):
-            raise argument_error("recall.mechanisms", "configs that differ", f"{mechanism!r} twice")
-    return {
-        mechanism: {
-            ", ".join([mechanism, *size]): model.replace(mixers={**model.mixers, PLACE: mixer})
-            for size, mixer in zip(_sizes(mixers), mixers, strict=True)
-        }
-        for mechanism, mixers in mechanisms.items()
-    }
+        names = [", ".join([mechanism, *size]) for size in _sizes(mixers)]
+        if not names or len(set(names)) < len(names):
+            expected = f"for {mechanism!r} configs that differ in some field"
+            raise argument_error("recall.mechanisms", expected, names or "none")
+        filled = (model.replace(mixers={**model.mixers, PLACE: mixer}) for mixer in mixers)
+        models[mechanism] = dict(zip(names, filled, strict=True))
+    return models
 
 
 def _sizes(mixers: Sequence[MixerConfig]) -> list[list[str]]:
-    """For each config, the fields in which it differs from another of its mechanism."""
-    dicts = [dict(_fields(mixer)) for mixer in mixers]
-    names = dict.fromkeys(name for fields in dicts for name in fields)
-    differing = [name for name in names if len({str(d.get(name)) for d in dicts}) > 1]
-    return [[f"{name}={d.get(name)}" for name in differing] for d in dicts]
-
-
-def _fields(mixer: MixerConfig) -> list[tuple[str, Any]]:
-    return [(field.name, getattr(mixer, field.name)) for field in dataclasses.fields(mixer)]
+    """For each config, the fields in which it differs from another one."""
+    fields = [vars(mixer) for mixer in mixers]
+    names = dict.fromkeys(name for values in fields for name in values)
+    differing = [name for name in names if len({values.get(name) for values in fields}) > 1]
+    return [[f"{name}={values.get(name)}" for name in differing] for values in fields]
 
 
 def report(results: Mapping[str, Any]) -> Report:
@@ -115,7 +105,8 @@ def report(results: Mapping[str, Any]) -> Report:
             f"Multi-query associative recall, pairs in tokens: {slices}. Every model is the same "
             "but for one layer; its state is all that a stream remembers after "
             f"{run['state_length']} tokens, in float32. A run ends once it holds its target, "
-            f"after {run['num_steps']} steps at the latest. {reporting.took(results['seconds'])}",
+            f"after {run['num_steps']} steps at the latest; each model is one run of one seed. "
+            f"{reporting.took(results['seconds'])}",
             figure(mechanisms),
             table(mechanisms),
         ],

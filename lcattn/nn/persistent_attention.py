@@ -64,7 +64,7 @@ class PersistentAttention(SoftmaxAttention):
         parts = [self._attend_to_persistent(q)]
         for k, v in pairs:
             parts.append(super()._attend(q, k, v, return_lse=True, **options))
-        out = merge(*parts).astype(q.dtype)
+        out = merge(*parts)[0].astype(q.dtype)
         ids = options.get("segment_ids")
         return out if ids is None else jnp.where((ids >= 0)[..., None, None], out, 0)
 

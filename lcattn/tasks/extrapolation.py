@@ -19,8 +19,8 @@ class ExtrapolationTaskConfig(TextTaskConfig):
 
     What is judged is the beginning of held-out documents, as much of each as the longest rows hold;
     shorter documents are left out. Rows of every length cut these same bytes, so that losses differ
-    by the context that a row gives and by nothing else. Where no attention is lost on the length,
-    they fall.
+    by the context that a row gives and by nothing else: a model that holds at every length gains
+    from it.
 
     Attributes:
       factors: lengths to judge at, over the training length; each divides the largest.
@@ -38,11 +38,14 @@ class ExtrapolationTaskConfig(TextTaskConfig):
             raise self.error("factors", "different whole numbers of at least 1")
         if any(max(self.factors) % factor for factor in self.factors):
             raise self.error("factors", "divisors of the largest of them")
-        rows = self.eval_batch_size or self.data.batch_size
-        if rows % max(self.factors):
-            raise self.error(
-                "eval_batch_size", f"a multiple of the largest factor, {max(self.factors)}"
-            )
+        if self.eval_rows % max(self.factors):
+            expected = f"a multiple of the largest factor, {max(self.factors)}"
+            raise self.error("eval_batch_size", expected)
+
+    @property
+    def eval_rows(self) -> int:
+        """Rows in a batch of evaluation at the training length."""
+        return self.eval_batch_size or self.data.batch_size
 
     @override
     def make(self) -> "ExtrapolationTask":
@@ -56,43 +59,40 @@ class ExtrapolationTask(TextTask):
       judged_documents: the text that is judged at every length.
     """
 
-    config: ExtrapolationTaskConfig
-
     def __init__(self, config: ExtrapolationTaskConfig):
         super().__init__(config)
         self.slices = {
             f"length_{factor * config.length}": {"length": factor * config.length, "factor": factor}
             for factor in config.factors
         }
-        self.judged_documents = self._beginnings()
+        self.judged_documents = _beginnings(self.heldout_documents, config)
+        self._batches = {
+            name: for_evaluation(config.data, config.eval_rows // numbers["factor"]).batches(
+                PackedText(self.judged_documents, numbers["length"])
+            )
+            for name, numbers in self.slices.items()
+        }
 
     @override
     def evaluation(self) -> dict[str, Sequence[Batch]]:
         """The judged text in rows of each length."""
-        config = self.config
-        rows = config.eval_batch_size or config.data.batch_size
-        return {
-            name: for_evaluation(config.data, rows // slice_["factor"]).batches(
-                PackedText(self.judged_documents, slice_["length"])
-            )
-            for name, slice_ in self.slices.items()
-        }
+        return dict(self._batches)
 
-    def _beginnings(self) -> Documents:
-        config, documents = self.config, self.heldout_documents
-        length = config.length * max(config.factors)
-        long = [i for i, text in enumerate(documents) if len(text) >= length]
-        if not long:
-            longest = max((len(text) for text in documents), default=0)
-            raise argument_error(
-                "ExtrapolationTaskConfig.factors",
-                f"a held-out document of length * {max(config.factors)} = {length} bytes",
-                f"{longest} bytes at most",
-            )
-        if config.max_eval_batches is not None:
-            rows = (config.eval_batch_size or config.data.batch_size) // max(config.factors)
-            chosen = np.random.default_rng(config.data.seed).permutation(long)
-            long = sorted(chosen[: config.max_eval_batches * rows].tolist())
-        return Documents(
-            [documents[i][:length].tobytes() for i in long], [documents.names[i] for i in long]
+
+def _beginnings(documents: Documents, config: ExtrapolationTaskConfig) -> Documents:
+    """As much of each document as the longest rows hold, of those that have so much."""
+    most = max(config.factors)
+    length = config.length * most
+    long = [i for i, text in enumerate(documents) if len(text) >= length]
+    if not long:
+        longest = max((len(text) for text in documents), default=0)
+        raise argument_error(
+            "ExtrapolationTaskConfig.factors",
+            f"a held-out document of length * {most} = {length} bytes",
+            f"{longest} bytes at most",
         )
+    if config.max_eval_batches is not None:
+        chosen = np.random.default_rng(config.data.seed).permutation(long)
+        long = sorted(chosen[: config.max_eval_batches * config.eval_rows // most].tolist())
+    texts = [documents[i][:length].tobytes() for i in long]
+    return Documents(texts, [documents.names[i] for i in long])

@@ -27,9 +27,10 @@ ExtrapolationTaskConfig:
   corpus = @TextFolderConfig()
   length = 16
   factors = (1, 4)
+  eval_batch_size = 32
   data = @DataConfig()
 TextFolderConfig.path = "FOLDER"
-DataConfig.batch_size = 4
+DataConfig.batch_size = 8
 TrainConfig:
   num_steps = 2
   log_every = 1

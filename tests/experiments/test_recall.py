@@ -66,18 +66,37 @@ def test_end_to_end_and_again(argv, tmp_path):
         assert reporting.show(recall.mean_accuracy(run)) in text
     assert (tmp_path / "run/recall.png").exists()
 
-    # What is finished is read back; a rate more trains only what is new.
+    # What is finished is read back.
     lines = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("metrics.jsonl")}
     assert len(lines) == 3
-    rates = "--gin.recall.learning_rates=(1e-2, 3e-2)"
-    assert cli.main(recall.recall, [*argv, rates]) == 0
+    assert cli.main(recall.recall, argv) == 0
     assert {path: path.stat().st_mtime_ns for path in lines} == lines
-    assert len(list((tmp_path / "run").rglob("metrics.jsonl"))) == 6
-    best = json.loads((tmp_path / "run/results.json").read_text())["mechanisms"]["window"]
-    for name, run in best.items():
-        assert recall.mean_accuracy(run) >= recall.mean_accuracy(runs[name])
+    again = json.loads((tmp_path / "run/results.json").read_text())
+    assert again["mechanisms"] == results["mechanisms"]
 
+
+def test_the_best_learning_rate_is_reported(argv, tmp_path, monkeypatch):
+    accuracy = {1e-3: 0.1, 1e-2: 0.9, 1e-1: 0.2}
+
+    def train_each(models, task, training, run_dir):
+        for name in models:
+            yield name, None, {
+                "state_bytes": 512, "state_length": 16, "steps": 2, "num_steps": 2,
+                "num_parameters": 10, "slices": task.slices,
+                "metrics": {
+                    f"{slice_}/accuracy": accuracy[training.optimizer.learning_rate]
+                    for slice_ in task.slices
+                },
+            }  # fmt: skip
+
+    monkeypatch.setattr(recall, "train_each", train_each)
+    assert cli.main(recall.recall, [*argv, f"--gin.recall.learning_rates={(*accuracy,)}"]) == 0
+    results = json.loads((tmp_path / "run/results.json").read_text())
+    runs = [run for runs in results["mechanisms"].values() for run in runs.values()]
+    assert [run["learning_rate"] for run in runs] == [1e-2] * 3
+    assert [recall.mean_accuracy(run) for run in runs] == [0.9] * 3
     text = (tmp_path / "run/report.md").read_text()
+    assert "| convolution | 512 B | 0.9 | 0.9 | 0.9 | 0.01 |" in text
     reporting.regenerate(tmp_path / "run")
     assert (tmp_path / "run/report.md").read_text() == text
 
@@ -89,10 +108,11 @@ def test_end_to_end_and_again(argv, tmp_path):
         ("small/SoftmaxAttentionConfig.window=0", "window: expected a value greater than 0"),
         (
             "small/SoftmaxAttentionConfig.window=4",
-            "expected configs that differ, got 'window' twice",
+            "recall.mechanisms: expected for 'window' configs that differ in some field",
         ),
         ("recall.mechanisms={'a': (3,)}", "recall.mechanisms: expected"),
-        ("recall.mechanisms={}", "recall.mechanisms: expected at least one config a mechanism"),
+        ("recall.mechanisms={}", "models: expected at least one"),
+        ("recall.mechanisms={'a': ()}", "expected for 'a' configs that differ in some field"),
         (
             "LMConfig.mixers={'other': @ShortConvolutionConfig()}\nLMConfig.pattern=('other',)",
             "recall.model: expected 'mixer' in its pattern",
