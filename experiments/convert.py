@@ -120,7 +120,8 @@ def report(results: Mapping[str, Any]) -> Report:
             reporting.describe_environment(results["environment"]),
             f"A softmax model of {results['num_layers']} layers, {source}, on rows of "
             f"{results['length']} tokens; {which} become another mechanism, which is then tuned "
-            f"for {tuning} steps. Each is one run of one seed. {reporting.took(results['seconds'])}",
+            f"for {tuning} steps. Each is one run of one seed. "
+            f"{reporting.took(results['seconds'])}",
             table(results),
             figure(results),
         ],

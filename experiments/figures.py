@@ -12,6 +12,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
 from matplotlib.image import AxesImage
 
+from lcattn.errors import argument_error
+
 # Okabe and Ito (2008), black last, and olive for their yellow, which no line on white can wear.
 # Every curve also has a marker of its own.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#999933", "#000000")
@@ -159,7 +161,10 @@ def _add_legend(canvas: Canvas) -> None:
 def _add_color_bar(
     canvas: Canvas, colors: dict[Axes, AxesImage], panels: Sequence[Panel | HeatMap]
 ) -> None:
-    [(label, _)] = {(p.label, tuple(p.limits)) for p in panels if isinstance(p, HeatMap)}
+    scales = {(p.label, p.limits) for p in panels if isinstance(p, HeatMap)}
+    if len(scales) > 1:
+        raise argument_error("panels", "heat maps of one label and one pair of limits", scales)
+    [(label, _)] = scales
     bar = canvas.colorbar(next(iter(colors.values())), ax=list(colors), label=label)
     bar.outline.set_visible(False)
 

@@ -46,17 +46,22 @@ def needle(
     made = {name: task.make() for name, task in tasks.items()}
     for task, config in itertools.product(made.values(), models.values()):
         check_vocabulary(config, task)  # of the last task too, before the first run
-    results = {"script": "needle", "environment": environment, "tasks": {}}
+    records = {}
     for name, task in tasks.items():
         runs = train_each(models, made[name], training, run_dir / folder(name))
-        results["tasks"][name] = {
+        records[name] = {
             "train_lengths": sorted({config.length for config in task.train}),
             "lengths": task.lengths,
             "depths": task.depths,
             "eval_examples": task.eval_examples,
             "models": {model: record for model, _, record in runs},
         }
-    results["seconds"] = time.monotonic() - start
+    results = {
+        "script": "needle",
+        "environment": environment,
+        "seconds": time.monotonic() - start,
+        "tasks": records,
+    }
     reporting.publish(results, report, run_dir)
 
 

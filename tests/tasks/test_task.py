@@ -99,9 +99,9 @@ def test_needle_task():
         places = np.argmax(batches[0]["tokens"] == 1, axis=1)
         assert set(places) == {0 if task.slices[name]["depth"] == 0 else places[0]}
         check_batch(batches[0], task.vocab_size)
-    with pytest.raises(ValueError, match="NeedleTaskConfig.train: expected at least one"):
+    with pytest.raises(ValueError, match=r"NeedleTaskConfig\.train: expected at least one"):
         config.replace(train=())
-    with pytest.raises(ValueError, match="NeedleTaskConfig.train: expected one vocab_size"):
+    with pytest.raises(ValueError, match=r"NeedleTaskConfig\.train: expected one vocab_size"):
         config.replace(train=(*config.train, NeedleConfig(length=16, vocab_size=64)))
 
 
