@@ -6,9 +6,9 @@ row ends with the question for its key and the answer, here with m = 2::
     tokens    .  .  .  N k v1 v2 .  .  .  .  .  .  Q  k  v1     (N needle, Q query, . filler)
     targets                                           v1 v2     (weight 0 elsewhere)
 
-Tokens: 0 and 3 are never used (padding and a separator, in the sheet of the suite that this comes
-from), 1 is N, 2 is Q; then a quarter of the vocabulary are keys, a quarter values, the rest filler.
-Keys and values are uniform, keys of a row distinct. The haystack is one of
+Token 1 is N and 2 is Q; 0 and 3 are kept free, for padding and a separator. Of the vocabulary, a
+quarter are keys, a quarter values, the rest filler. Keys and values are uniform, and the keys of a
+row are distinct. The haystack is one of
 
 - "cycle": the first 20 filler tokens over and over, as S-NIAH-1 repeats five sentences;
 - "chain": a Markov chain, each filler followed by one of 4 others, in place of S-NIAH-2's essays.
