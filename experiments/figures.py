@@ -188,6 +188,7 @@ def _draw(axes: Axes, panel: Panel, looks: dict[str, tuple[str, str]]) -> None:
 
 def _name_curves(axes: Axes, panel: Panel, looks: dict[str, tuple[str, str]]) -> None:
     """Writes names beside the axes, in the order of the curves' ends, and ties them to these."""
+    axes.autoscale_view()  # otherwise the axes fit the data only once they are drawn
     ends = {}
     for series in panel.series:
         points = [(x, y) for x, y in zip(series.x, series.y, strict=True) if y is not None]

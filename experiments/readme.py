@@ -6,6 +6,9 @@
 """
 
 import contextlib
+import importlib
+import importlib.util
+import inspect
 import io
 import json
 import sys
@@ -41,6 +44,7 @@ rest = ops.linear_attention(q[:, 1000:], k[:, 1000:], v[:, 1000:], initial_state
 print("streamed in two pieces, largest difference:", abs(rest - linear[:, 1000:]).max())
 """
 _WIDTH, _LENGTH = 1024, 4096
+_SOFTMAX = "cudnn_softmax"
 
 
 def example() -> str:
@@ -64,17 +68,28 @@ def mechanisms() -> str:
                 f"`nn.{type(config).__name__}`",
                 f"`ops.{mixer.op}`",
                 ", ".join(op),
+                _kernel_evidence(mixer.op),
                 yes[traits.causal], yes[traits.streaming], yes[traits.stochastic],
-                yes[traits.subquadratic],
+                mixer.time,
                 show_bytes(mixer.state_bytes(_LENGTH)),
             )
         )  # fmt: skip
     header = (
-        "mixer config", "op", "implementations", "causal", "streams", "stochastic", "sub-quadratic",
-        f"state at {_LENGTH:,} tokens",
+        "mixer config", "op", "implementations", "kernel's evidence", "causal", "streams",
+        "stochastic", "time", f"state at {_LENGTH:,} tokens",
     )  # fmt: skip
     title = f"State of one float32 stream at width {_WIDTH:,}, default config"
-    return Table(title=title, header=header, rows=rows).markdown()
+    letters = inspect.cleandoc(lcattn.nn.Mixer.__doc__ or "").partition("time: ")[2]
+    return Table(title=title, header=header, rows=rows).markdown() + (
+        f"\n\nTime: {' '.join(letters.split())}"
+    )
+
+
+def _kernel_evidence(op: str) -> str:
+    """How far the op's kernel has been tried, if it has one."""
+    if importlib.util.find_spec(f"pallas_kernels.{op}") is None:
+        return "–"
+    return ", ".join(importlib.import_module(f"pallas_kernels.{op}").EVIDENCE)
 
 
 def mixer_configs() -> Iterator[MixerConfig]:
@@ -124,21 +139,23 @@ def kernels() -> str:
                 ours["kernel_ms"],
                 ours["call_ms"],
                 f"{100 * ours['floor_share']:.0f} %",
-                row["xla"][kind]["kernel_ms"],
+                row["xla"][kind]["kernel_ms"] if "xla" in row else "–",
+                *([row[_SOFTMAX][kind]["kernel_ms"]] if _SOFTMAX in row else []),
                 max(row["errors"].values()),
             )
             for row in record["rows"]
             for kind, ours in row["mosaic_gpu"].items()
         ]
+        softmax = ["cuDNN's softmax, ms"] if _SOFTMAX in record["rows"][0] else []
         header = (
             "case (bfloat16)", "pass", "kernels, ms", "whole call, ms", "of the floor",
-            "XLA's kernels, ms", "largest error",
+            "XLA's kernels, ms", *softmax, "largest error",
         )  # fmt: skip
         title = f"`{path.stem}` on one {record['device']}"
         parts.append(Table(title=title, header=header, rows=rows).markdown())
         parts.append(
-            f"`{record['command']}`, jax {record['jax']}. The floor is the larger of the least "
-            "FLOPs over the matrix rate and the least bytes over the bandwidth. Errors are "
+            f"`{record['command']}`, jax {record['jax']}. The floor is the largest of the "
+            "least FLOPs, bytes and (softplus) exp2 and log2 over their rates. Errors are "
             "relative to float64: the largest of the output and all gradients."
         )
     return "\n\n".join(parts)

@@ -89,3 +89,10 @@ def default_platform() -> str:
     else:
         name = device if isinstance(device, str) else device.platform
     return {"gpu": "gpu", "cuda": "gpu", "rocm": "gpu", "tpu": "tpu"}.get(name, "cpu")
+
+
+def on_hopper() -> bool:
+    """Whether that is a Hopper GPU (compute capability 9.0)."""
+    if default_platform() != "gpu":
+        return False
+    return getattr(jax.devices()[0], "compute_capability", None) == "9.0"

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from pallas_kernels.linear_attention.tiles import TILE
+from pallas_kernels.tiles import TILE
 
 # CTAs that fill an H100 or H200 once: 132 multiprocessors hold two each, since a state of
 # 192 x 64 float32 numbers leaves a warpgroup no more than 255 registers a thread.

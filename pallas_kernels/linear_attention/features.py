@@ -20,8 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import pallas as pl
 
-from pallas_kernels.linear_attention.products import Operand, Products
-from pallas_kernels.linear_attention.tiles import TILE, iota
+from pallas_kernels.products import Operand, Products
+from pallas_kernels.tiles import TILE, iota
 
 
 class Features(Protocol):

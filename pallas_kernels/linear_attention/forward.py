@@ -26,7 +26,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.linear_attention.plan import Plan, States
 from pallas_kernels.linear_attention.state import absorb, load_state, store_state, zero_state
-from pallas_kernels.linear_attention.tiles import ALONG_COLUMNS, TILE, over_columns, over_rows
+from pallas_kernels.tiles import ALONG_COLUMNS, TILE, over_columns, over_rows
 
 
 def outputs(

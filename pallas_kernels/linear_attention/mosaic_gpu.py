@@ -24,7 +24,7 @@ from pallas_kernels.linear_attention.config import LaunchConfig, heuristic
 from pallas_kernels.linear_attention.features import FeatureMap, Identity, Taylor
 from pallas_kernels.linear_attention.forward import group_sums, outputs
 from pallas_kernels.linear_attention.plan import Plan, States
-from pallas_kernels.linear_attention.tiles import TILE
+from pallas_kernels.tiles import TILE
 
 
 def linear_attention(

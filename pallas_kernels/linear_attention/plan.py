@@ -20,9 +20,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.linear_attention.features import FeatureMap
-from pallas_kernels.linear_attention.products import Products
 from pallas_kernels.linear_attention.state import Copy
-from pallas_kernels.linear_attention.tiles import TILE, iota
+from pallas_kernels.products import Products
+from pallas_kernels.tiles import TILE, iota
 
 States = tuple[jax.Array, jax.Array | None]
 """States of every head and group, float32: sums `[B,heads,groups,D,H]` and, where outputs are

@@ -14,8 +14,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.linear_attention.features import Side
-from pallas_kernels.linear_attention.products import Products
-from pallas_kernels.linear_attention.tiles import (
+from pallas_kernels.products import Products
+from pallas_kernels.tiles import (
     ALONG_COLUMNS,
     ALONG_ROWS,
     TILE,

@@ -6,8 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
-from lcattn import ops
+from compiled import ops
 
 T, N, H, AGENTS = 7, 2, 4, 3
 attend = functools.partial(ops.agent_attention, implementation="reference")

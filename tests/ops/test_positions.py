@@ -3,8 +3,8 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compiled import ops
 
-from lcattn import ops
 from lcattn.testing.conformance.compare import assert_close
 
 T, H = 16, 64

@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compiled import ops
 
-from lcattn import ops
 from lcattn.testing.conformance.compare import assert_close, assert_zero
 
 B, T, M, N, K, F, H = 2, 21, 9, 4, 2, 4, 6

@@ -6,8 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
-from lcattn import ops
+from compiled import ops
 
 attend = functools.partial(ops.routing_attention, implementation="reference")
 

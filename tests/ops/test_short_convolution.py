@@ -3,8 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
-from lcattn import ops
+from compiled import ops
 
 B, T, D, W = 2, 9, 3, 4
 

@@ -52,7 +52,7 @@ def objection(
 ) -> str | None:
     """Why the kernel cannot serve a call, in words."""
     del chunk_size
-    if dispatch.default_platform() != "gpu" or not _is_hopper():
+    if not dispatch.on_hopper():
         return "needs a Hopper GPU (compute capability 9.0)"
     if not causal:
         return "is causal"
@@ -77,7 +77,3 @@ def pays(*, sizes: Sizes, chunk_size: int | None, **call) -> bool:
     """
     del call
     return sizes.T >= _PAYS_FROM and chunk_size is None and jax.device_count() == 1
-
-
-def _is_hopper() -> bool:
-    return getattr(jax.devices()[0], "compute_capability", None) == "9.0"

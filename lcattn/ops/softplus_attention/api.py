@@ -6,7 +6,7 @@ import jax.numpy as jnp
 
 from lcattn.errors import argument_error
 from lcattn.ops import checks, dispatch
-from lcattn.ops.softplus_attention import chunked, dense
+from lcattn.ops.softplus_attention import chunked, dense, kernel
 from lcattn.ops.softplus_attention.rows import Reweighting, Rows
 from lcattn.ops.visibility import visibility
 from lcattn.typing import Array, Float, Int, SegmentIds
@@ -14,6 +14,7 @@ from lcattn.typing import Array, Float, Int, SegmentIds
 dispatch.declare(
     "softplus_attention",
     {
+        "mosaic_gpu": dispatch.Implementation(kernel.attend, kernel.objection, kernel.pays),
         "xla": dispatch.Implementation(chunked.attend),
         "reference": dispatch.Implementation(dense.reference),
     },
@@ -80,7 +81,9 @@ def softplus_attention(
       exempt_rows: rows that see at most so many keys have threshold 0.
       query_position: position of the first query, that of the first key being 0. Default: the
         queries are the last T tokens. May be traced, to fill a cache of fixed size.
-      implementation: "xla" (blocks), "reference" (the definition, T·S memory), or None.
+      implementation: "mosaic_gpu" (Hopper GPUs; causal, bfloat16, F = H = 64 or 128, whole powers),
+        "xla" (blocks), "reference" (the definition, T·S memory), or None: the kernels where they
+        serve and win.
 
     Returns:
       `[B,T,N,H]`.
@@ -91,6 +94,7 @@ def softplus_attention(
     sizes = checks.check_heads(q, k, v, segment_ids)
     scale = math.log(sizes.F) if scale is None else checks.resolve_scale(scale, sizes.F)
     reweighting = None if power is None else _reweighting(power, offset, exempt_rows)
+    is_aligned = sizes.T == sizes.S and query_position is None
     query_position = checks.resolve_query_position(
         query_position, sizes, causal=causal, segment_ids=segment_ids
     )
@@ -105,15 +109,12 @@ def softplus_attention(
         length=lengths.astype(dtype),
         offset=jnp.where(lengths <= exempt_rows, 0, jnp.asarray(offset, dtype)),
     )
-    run = dispatch.choose("softplus_attention", implementation)
-    return run(_unit(q), _unit(k), v, rows, seen, reweighting)
-
-
-def _unit(x: Array) -> Float[Array, "B T N H"]:
-    """Vectors of length 1 in the dtype of `x`; vectors far below 1e-6 keep their direction only."""
-    wide = x.astype(checks.accumulation_dtype(x.dtype))
-    square = jnp.sum(wide * wide, axis=-1, keepdims=True)
-    return (wide / jnp.sqrt(square + 1e-12)).astype(x.dtype)
+    run = dispatch.choose(
+        "softplus_attention", implementation, sizes=sizes, dtype=q.dtype, causal=causal,
+        is_aligned=is_aligned, scale=scale, power=power,
+    )  # fmt: skip
+    is_packed = segment_ids is not None
+    return run(q, k, v, rows, seen, reweighting, is_packed=is_packed)
 
 
 def _reweighting(power: float, offset: float, exempt_rows: int) -> Reweighting:

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from lcattn.ops import blocks
 from lcattn.ops.blocks import Walk
 from lcattn.ops.checks import accumulation_dtype
-from lcattn.ops.softplus_attention.rows import Reweighting, Rows
+from lcattn.ops.softplus_attention.rows import Reweighting, Rows, unit
 from lcattn.ops.visibility import Visibility
 from lcattn.typing import Array
 
@@ -51,8 +51,12 @@ def attend(
     rows: Rows,
     visibility: Visibility,
     reweighting: Reweighting | None,
+    *,
+    is_packed: bool,
 ) -> Array:
-    """Attention of unit vectors."""
+    """Attention in blocks."""
+    del is_packed
+    q, k = (unit(x).astype(x.dtype) for x in (q, k))
     T, S, K = q.shape[1], *k.shape[1:3]
     t_block, s_block = min(blocks.default_block(), T), min(blocks.default_block(), S)
     out = _attend(

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from lcattn.ops.checks import accumulation_dtype
-from lcattn.ops.softplus_attention.rows import Reweighting, Rows
+from lcattn.ops.softplus_attention.rows import Reweighting, Rows, unit
 from lcattn.ops.visibility import Visibility
 from lcattn.typing import Array
 
@@ -17,8 +17,12 @@ def reference(
     rows: Rows,
     visibility: Visibility,
     reweighting: Reweighting | None,
+    *,
+    is_packed: bool,
 ) -> Array:
-    """The formulas of the docstring on unit vectors; materialises T·S weights."""
+    """The formulas of the docstring; materialises T·S weights."""
+    del is_packed
+    q, k = (unit(x).astype(x.dtype) for x in (q, k))
     dtype = accumulation_dtype(q.dtype)
     k, v = (jnp.repeat(x, q.shape[2] // k.shape[2], axis=2) for x in (k, v))
     rows = Rows(*(x[:, None] for x in rows))

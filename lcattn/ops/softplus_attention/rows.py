@@ -5,10 +5,11 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jax import lax
 
+from lcattn.ops.checks import accumulation_dtype
 from lcattn.typing import Array, Float
 
 # Rows whose largest excess over the threshold is below this keep the weights of the first stage.
-_FLAT = 1e-5
+FLAT = 1e-5
 
 
 class Rows(NamedTuple):
@@ -34,7 +35,7 @@ class Reweighting(NamedTuple):
 
     def is_flat(self, highest_excess: Array) -> Array:
         """Whether no key of a row stands out."""
-        return highest_excess <= _FLAT
+        return highest_excess <= FLAT
 
     def raised(self, ratio: Array, *, derivative: bool = False) -> Array:
         """r^p, or p r^(p-1)."""
@@ -45,3 +46,10 @@ class Reweighting(NamedTuple):
         else:
             result = jnp.power(ratio, power)
         return self.power * result if derivative else result
+
+
+def unit(x: Array) -> Array:
+    """Vectors of length 1 in float32; vectors far below 1e-6 keep their direction only."""
+    wide = x.astype(accumulation_dtype(x.dtype))
+    square = jnp.sum(wide * wide, axis=-1, keepdims=True)
+    return wide / jnp.sqrt(square + 1e-12)

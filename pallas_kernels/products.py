@@ -3,7 +3,7 @@
 On the chip an operand is a shared-memory ref, or (the left one only) a bfloat16 tile in registers,
 and the sum is a float32 tile in registers. The CPU simulator runs neither register operands nor
 accumulators that are given a value, so under it the same products are taken by `jnp.dot`; all of a
-kernel but these three functions is then what runs on the chip.
+kernel but these functions is then what runs on the chip.
 
 Results pass a barrier of the compiler. To LLVM arithmetic on registers is pure and may float over
 the wait that makes a sum final; kept in place, a kernel with three tiles of state spilled 372 bytes
@@ -11,6 +11,7 @@ a thread rather than 580, and ptxas no longer serialised its products for want o
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -32,13 +33,16 @@ class Products:
 
     interpret: bool = False
 
-    def product(self, a: Operand, b: Operand) -> jax.Array:
-        """`a b`."""
+    def product(
+        self, a: Operand, b: Operand, meanwhile: Callable[[], None] = lambda: None
+    ) -> jax.Array:
+        """`a b`; `meanwhile` is called while it is in flight."""
         if self.interpret:
             return _dot(a, b)
 
         def issue(acc):
             plgpu.wgmma(acc, a, b)
+            meanwhile()
             return lax.optimization_barrier(acc[...])
 
         return pl.run_scoped(issue, _accumulator(a, b))
@@ -71,6 +75,23 @@ class Products:
             plgpu.wgmma_wait(0)
 
         return lax.optimization_barrier(pl.run_state(issue)(plgpu.ACC.init(total)))
+
+    def accumulate_both(
+        self,
+        first: tuple[jax.Array, Operand, Operand],
+        second: tuple[jax.Array, Operand, Operand],
+    ) -> tuple[jax.Array, jax.Array]:
+        """Two sums `total + a b`, in flight at once."""
+        if self.interpret:
+            return self.accumulate(*first), self.accumulate(*second)
+
+        def issue(accs):
+            plgpu.wgmma(accs[0], *first[1:])
+            plgpu.wgmma(accs[1], *second[1:])
+            plgpu.wgmma_wait(0)
+
+        totals = (plgpu.ACC.init(first[0]), plgpu.ACC.init(second[0]))
+        return lax.optimization_barrier(pl.run_state(issue)(totals))
 
 
 def _accumulator(a: Operand, b: Operand):

@@ -1,0 +1,161 @@
+"""What the scripts that time our kernels share: checks, clocks, and the record."""
+
+import argparse
+import dataclasses
+import json
+import math
+import shlex
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental.mosaic.gpu import profiler
+
+MATRIX_RATE = 800e12  # bf16 FLOP/s and bytes/s measured on the device (benchmarks/h200)
+BANDWIDTH = 4.3e12
+
+
+class Case(Protocol):
+    """One shape and its competitors; a dataclass."""
+
+    @property
+    def name(self) -> str:
+        """As the table spells it."""
+        ...
+
+    @property
+    def reference_heads(self) -> int | None:
+        """Heads that are compared with the reference, or None for all."""
+        ...
+
+    def inputs(self, seed: int) -> tuple[jax.Array, ...]:
+        """q, k, v and the gradient of the output."""
+        ...
+
+    def forms(self) -> Mapping[str, Callable]:
+        """Functions of (q, k, v) to time; "mosaic_gpu" is ours."""
+        ...
+
+    def reference(self, q, k, v) -> jax.Array:
+        """The op's XLA form."""
+        ...
+
+    def floor(self, *, backward: bool) -> float:
+        """Seconds that no implementation can undercut."""
+        ...
+
+
+def gradients(f: Callable) -> Callable:
+    """Output and gradients, as one function of (q, k, v, g)."""
+
+    def run(q, k, v, g):
+        out, pull = jax.vjp(f, q, k, v)
+        return out, *pull(g)
+
+    return run
+
+
+def compile_for(case: Case, f: Callable, *, backward: bool):
+    """`f` of (q, k, v), or its gradients, compiled for a shape."""
+    arrays = jax.eval_shape(lambda: case.inputs(0))
+    return jax.jit(gradients(f)).lower(*arrays).compile() if backward else (
+        jax.jit(f).lower(*arrays[:3]).compile()
+    )  # fmt: skip
+
+
+def errors(case: Case, compiled) -> dict[str, float]:
+    """Relative RMS error of the output and every gradient, on fresh random inputs."""
+    arrays = case.inputs(seed=time.time_ns() % 2**31)
+    poison = jnp.full((2**28,), jnp.nan, jnp.float32).block_until_ready()
+    poison.delete()
+    heads = slice(case.reference_heads)
+    got = [np.asarray(x[:, :, heads], np.float64) for x in compiled(*arrays)]
+    with jax.enable_x64(True):
+        wide = [x[:, :, heads].astype(jnp.float64) for x in arrays]
+        want = [np.asarray(x) for x in jax.jit(gradients(case.reference))(*wide)]
+    names = ("out", "dq", "dk", "dv")
+    return {
+        name: float(np.linalg.norm(a - b) / np.linalg.norm(b))
+        for name, a, b in zip(names, got, want, strict=True)
+    }
+
+
+def times(compiled, *arrays) -> dict:
+    """Milliseconds: the longest kernels of a call, all of them, the call; and its megabytes."""
+    start = time.perf_counter()
+    jax.block_until_ready(compiled(*arrays))
+    slow = time.perf_counter() - start > 0.3
+    _, runs = profiler.measure(compiled, aggregate=False, iterations=2 if slow else 9)(*arrays)
+    longest: dict[str, list[float]] = {}
+    for run in runs:
+        for name, ms in run:
+            longest.setdefault(name[:60], []).append(ms)
+    kernels = [{"name": name, "ms": sum(all_ms) / len(runs)} for name, all_ms in longest.items()]
+    kernels.sort(key=lambda kernel: -kernel["ms"])
+    calls = []
+    for _ in range(3 if slow else 30):
+        start = time.perf_counter()
+        jax.block_until_ready(compiled(*arrays))
+        calls.append(1e3 * (time.perf_counter() - start))
+    total = float(np.median([sum(ms for _, ms in run) for run in runs]))
+    return {
+        "kernels": kernels[:6], "kernel_ms": total,
+        "call_ms": float(np.median(calls)),
+        "extra_megabytes": compiled.memory_analysis().temp_size_in_bytes / 1e6,
+    }  # fmt: skip
+
+
+def measure(case: Case) -> dict:
+    """One row of the record."""
+    *arrays, g = case.inputs(seed=0)
+    row = {"case": case.name, **dataclasses.asdict(case)}  # pyrefly: ignore
+    for name, f in case.forms().items():
+        both = compile_for(case, f, backward=True)
+        if name == "mosaic_gpu":
+            row["errors"] = errors(case, both)
+        row[name] = {
+            "forward": times(compile_for(case, f, backward=False), *arrays),
+            "forward_backward": times(both, *arrays, g),
+        }
+    for key, backward in (("forward", False), ("forward_backward", True)):
+        floor = 1e3 * case.floor(backward=backward)
+        row["mosaic_gpu"][key]["floor_ms"] = floor
+        row["mosaic_gpu"][key]["floor_share"] = floor / row["mosaic_gpu"][key]["kernel_ms"]
+    return row
+
+
+def summary(row: dict) -> str:
+    """One line: errors, then kernel (call) milliseconds and share of the floor."""
+    parts = [row["case"], " ".join(f"{k} {v:.1e}" for k, v in row["errors"].items())]
+    for name, form in row.items():
+        if isinstance(form, dict) and "forward" in form:
+            for key in ("forward", "forward_backward"):
+                t = form[key]
+                share = f" {t['floor_share']:.0%}" if "floor_share" in t else ""
+                parts.append(f"{name} {key} {t['kernel_ms']:.3f} ({t['call_ms']:.3f}) ms{share}")
+    return " | ".join(parts)
+
+
+def main(module: str, description: str, cases: Sequence[Case]) -> None:
+    """Measures every shape and writes the record."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--out", type=Path, help="JSON file, written anew after every shape")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="start no shape after that")
+    arguments = parser.parse_args()
+    start, rows = time.perf_counter(), []
+    for case in cases:
+        if time.perf_counter() - start > arguments.seconds:
+            break
+        rows.append(measure(case))
+        print(summary(rows[-1]), flush=True)
+        record = {
+            "device": jax.devices()[0].device_kind, "jax": jax.__version__,
+            "command": f"python -m benchmarks.{module} " + shlex.join(sys.argv[1:]), "rows": rows,
+        }  # fmt: skip
+        if arguments.out:
+            arguments.out.write_text(json.dumps(record, indent=1) + "\n")
