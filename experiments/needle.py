@@ -70,14 +70,13 @@ def report(results: Mapping[str, Any]) -> Report:
     blocks: list[str | Table | Figure] = [
         reporting.describe_environment(results["environment"]),
         "A row counts if every token of the answer is the most likely one. Each model is one run "
-        "of one seed. "
-        f"{reporting.took(results['seconds'])}",
+        f"of one seed. {reporting.took(results['seconds'])}",
     ]
     for name, task in results["tasks"].items():
         trained = " and ".join(str(length) for length in task["train_lengths"])
         blocks += [
             f"## {name}\n\nTrained on rows of {trained} tokens with the needle anywhere; "
-            f"{task['eval_examples']} test rows a cell.",
+            f"{task['eval_examples']} test rows a cell; those of one length differ in the depth alone.",
             table(name, task),
             figure(name, task),
         ]
