@@ -76,7 +76,8 @@ def report(results: Mapping[str, Any]) -> Report:
         trained = " and ".join(str(length) for length in task["train_lengths"])
         blocks += [
             f"## {name}\n\nTrained on rows of {trained} tokens with the needle anywhere; "
-            f"{task['eval_examples']} test rows a cell; those of one length differ in the depth alone.",
+            f"{task['eval_examples']} test rows a cell; those of one length differ in the depth "
+            "alone.",
             table(name, task),
             figure(name, task),
         ]
