@@ -175,7 +175,8 @@ def figure(results: Mapping[str, Any]) -> Figure:
         direct_labels=True,
     )
     caption = (
-        "Held-out loss from the conversion (step 0) on; step 0 of the control is the loss before."
+        "Held-out loss from the conversion (step 0) on. The model that is not converted starts "
+        "from the loss before."
     )
     return Figure(name="convert", caption=caption, panels=[panel])
 
