@@ -10,6 +10,9 @@ from typing import Literal
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
+from matplotlib.image import AxesImage
+
+from lcattn.errors import argument_error
 
 # Okabe and Ito (2008), black last, and olive for their yellow, which no line on white can wear.
 # Every curve also has a marker of its own.
@@ -79,6 +82,7 @@ class HeatMap:
       columns, rows: what stands at the cells of the axes; the first row is at the top.
       values: `[row][column]`. None: an empty cell.
       limits: the numbers of the first and the last colour.
+      label: what the numbers are, for the colour bar that all heat maps of a figure share.
     """
 
     xlabel: str
@@ -88,16 +92,17 @@ class HeatMap:
     values: Sequence[Sequence[float | None]]
     title: str = ""
     limits: tuple[float, float] = (0.0, 1.0)
+    label: str = ""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Figure:
-    """Panels with one legend, saved as `<name>.png`.
+    """Panels with one legend and one colour bar, saved as `<name>.png`.
 
     Attributes:
       name: of the file.
       caption: one or two sentences on what is seen.
-      panels: from left to right.
+      panels: from left to right. Heat maps have the same limits and label.
       max_columns: panels in a row; more of them begin another row.
     """
 
@@ -118,16 +123,19 @@ class Figure:
         with mpl.rc_context(_STYLE):
             canvas = Canvas(figsize=(width * columns, height * rows))
             grid = canvas.subplots(rows, columns, squeeze=False).flat
+            colors = {}
             for axes, panel in itertools.zip_longest(grid, self.panels):
                 match panel:
                     case Panel():
                         _draw(axes, panel, looks)
                     case HeatMap():
-                        _draw_grid(axes, panel)
+                        colors[axes] = _draw_grid(axes, panel)
                     case _:
                         axes.set_axis_off()
             if labels and not named:
                 _add_legend(canvas)
+            if colors:
+                _add_color_bar(canvas, colors, self.panels)
             path = folder / f"{self.name}.png"
             canvas.savefig(path)
         return path
@@ -150,6 +158,17 @@ def _add_legend(canvas: Canvas) -> None:
     )
 
 
+def _add_color_bar(
+    canvas: Canvas, colors: dict[Axes, AxesImage], panels: Sequence[Panel | HeatMap]
+) -> None:
+    scales = {(p.label, p.limits) for p in panels if isinstance(p, HeatMap)}
+    if len(scales) > 1:
+        raise argument_error("panels", "heat maps of one label and one pair of limits", scales)
+    [(label, _)] = scales
+    bar = canvas.colorbar(next(iter(colors.values())), ax=list(colors), label=label)
+    bar.outline.set_visible(False)
+
+
 def _draw(axes: Axes, panel: Panel, looks: dict[str, tuple[str, str]]) -> None:
     for series in panel.series:
         color, marker = looks[series.label]
@@ -169,6 +188,7 @@ def _draw(axes: Axes, panel: Panel, looks: dict[str, tuple[str, str]]) -> None:
 
 def _name_curves(axes: Axes, panel: Panel, looks: dict[str, tuple[str, str]]) -> None:
     """Writes names beside the axes, in the order of the curves' ends, and ties them to these."""
+    axes.autoscale_view()  # otherwise the axes fit the data only once they are drawn
     ends = {}
     for series in panel.series:
         points = [(x, y) for x, y in zip(series.x, series.y, strict=True) if y is not None]
@@ -209,10 +229,10 @@ def _spread(heights: dict[str, float], gap: float) -> dict[str, float]:
     return placed
 
 
-def _draw_grid(axes: Axes, panel: HeatMap) -> None:
+def _draw_grid(axes: Axes, panel: HeatMap) -> AxesImage:
     low, high = panel.limits
     values = [[math.nan if v is None else v for v in row] for row in panel.values]
-    axes.imshow(values, cmap="cividis", vmin=low, vmax=high, aspect="auto")
+    image = axes.imshow(values, cmap="cividis", vmin=low, vmax=high, aspect="auto")
     axes.grid(visible=False)
     axes.set_xticks(range(len(panel.columns)), panel.columns)
     axes.set_yticks(range(len(panel.rows)), panel.rows)
@@ -225,6 +245,7 @@ def _draw_grid(axes: Axes, panel: HeatMap) -> None:
                     x, y, f"{value:.2f}", ha="center", va="center", fontsize=7,
                     color="white" if dark else "black",
                 )  # fmt: skip
+    return image
 
 
 def _scale(axes: Axes, axis: Literal["x", "y"], scale: str) -> None:

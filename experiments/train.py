@@ -17,7 +17,7 @@ from experiments.figures import Figure, Panel, Series
 from experiments.reporting import Report, Table, show_bytes
 from lcattn.errors import argument_error
 from lcattn.models import LM, LMConfig
-from lcattn.tasks import MQARTaskConfig, Task, TextTaskConfig
+from lcattn.tasks import MQARTaskConfig, NeedleTaskConfig, Task, TextTaskConfig
 from lcattn.training import TrainConfig, read_jsonl
 from lcattn.training import train as run_training
 
@@ -25,7 +25,11 @@ _MAX_POINTS = 500
 
 
 def train(
-    *, task: MQARTaskConfig | TextTaskConfig, model: LMConfig, training: TrainConfig, run_dir: Path
+    *,
+    task: MQARTaskConfig | NeedleTaskConfig | TextTaskConfig,
+    model: LMConfig,
+    training: TrainConfig,
+    run_dir: Path,
 ) -> None:
     """Trains a language model on a task, or continues the run it finds in its folder.
 
@@ -41,11 +45,15 @@ def train(
 
 
 def train_and_record(
-    task: Task, model: LMConfig, training: TrainConfig, run_dir: Path
+    task: Task,
+    model: LMConfig,
+    training: TrainConfig,
+    run_dir: Path,
+    initial: LM | None = None,
 ) -> tuple[LM, dict[str, Any]]:
     """Trains, and gives the model and what a report says of the run, ready for JSON."""
     check_vocabulary(model, task)
-    result = run_training(task, model, training, run_dir)
+    result = run_training(task, model, training, run_dir, initial=initial)
     assert isinstance(result.model, LM)  # what LMConfig makes
     length = max(numbers["length"] for numbers in task.slices.values())
     speeds = [line["tokens_per_second"] for line in read_jsonl(run_dir / "timing.jsonl")]

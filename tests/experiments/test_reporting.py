@@ -1,5 +1,6 @@
 """Tables, figures and the record of where numbers come from."""
 
+import dataclasses
 import io
 import itertools
 import json
@@ -84,6 +85,9 @@ def test_heat_maps(tmp_path):
     ]
     figure = Figure(name="grid", caption="", panels=panels, max_columns=2)
     assert figure.save(tmp_path).stat().st_size > 1000
+    other = dataclasses.replace(panels[0], limits=(0, 2))
+    with pytest.raises(ValueError, match="panels: expected heat maps of one label"):
+        dataclasses.replace(figure, panels=[*panels, other]).save(tmp_path)
 
 
 def test_environment_is_json_and_names_the_device():
