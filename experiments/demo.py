@@ -18,7 +18,8 @@ from rich.console import Console
 from experiments import cli, reporting
 from experiments.figures import Figure, Panel, Series
 from experiments.reporting import Report, Table, show_bytes
-from experiments.train import series, train_and_record
+from experiments.sweep import train_each
+from experiments.train import series
 from lcattn.errors import argument_error
 from lcattn.models import LM, LMConfig, generate
 from lcattn.tasks import ByteTokenizer, MQARTaskConfig, NGramModel, TextTask, TextTaskConfig
@@ -56,21 +57,15 @@ def demo(
         raise argument_error(
             "demo.recall_models", f"the names {list(text_models)}", f"{list(recall_models)}"
         )
-    console, start = Console(), time.monotonic()
-    environment = reporting.environment()
+    start, environment = time.monotonic(), reporting.environment()
     text_task, recall_task = text.make(), recall.make()
     records: dict[str, dict[str, Any]] = {name: {} for name in text_models}
     sample = ""
-    for name, config in recall_models.items():
-        console.rule(f"{name}: associative recall")
-        _, records[name]["recall"] = train_and_record(
-            recall_task, config, recall_training, run_dir / "recall" / _folder(name)
-        )
-    for name, config in text_models.items():
-        console.rule(f"{name}: text")
-        model, records[name]["text"] = train_and_record(
-            text_task, config, text_training, run_dir / "text" / _folder(name)
-        )
+    runs = train_each(recall_models, recall_task, recall_training, run_dir / "recall")
+    for name, _, record in runs:
+        records[name]["recall"] = record
+    for name, model, record in train_each(text_models, text_task, text_training, run_dir / "text"):
+        records[name]["text"] = record
         if name == list(text_models)[-1]:
             sample = continue_text(model, prompt, sample_bytes)
     results = {
@@ -85,13 +80,10 @@ def demo(
         },
         "sample": {"model": list(text_models)[-1], "prompt": prompt, "text": sample},
     }
-    reporting.write_results(run_dir, results)
-    page = report(results)
-    page.save(run_dir)
-    page.print(console)
+    console = Console()
     console.rule(f"a sample of {results['sample']['model']}, streamed")
     console.print(sample, markup=False, highlight=False)
-    console.print(f"\nreport: {run_dir / reporting.REPORT}")
+    reporting.publish(results, report, run_dir)
 
 
 def count_models(task: TextTask) -> dict[str, float]:
@@ -109,10 +101,6 @@ def continue_text(model: LM, prompt: str, num_bytes: int) -> str:
     return ByteTokenizer().decode(out[0].tolist())
 
 
-def _folder(name: str) -> str:
-    return name.replace(" ", "_")
-
-
 def report(results: Mapping[str, Any]) -> Report:
     """The report of the demo, from its recorded results alone."""
     models, sample = results["models"], results["sample"]
@@ -122,8 +110,7 @@ def report(results: Mapping[str, Any]) -> Report:
         blocks=[
             reporting.describe_environment(results["environment"]),
             f"Text: the standard library's sources, {text['train_bytes']:,} bytes to train on, "
-            f"{text['heldout_bytes']:,} in held-out files. This took {results['seconds']:.0f} s, "
-            "runs that were already finished not counted.",
+            f"{text['heldout_bytes']:,} in held-out files. {reporting.took(results['seconds'])}",
             text_table(models, results["baselines"]),
             recall_table(models),
             _loss_figure(models),

@@ -1,6 +1,7 @@
 """Figures of reports, in one style: colours that colour-blind readers tell apart, units on axes."""
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -9,9 +10,13 @@ from typing import Literal
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
+from matplotlib.image import AxesImage
 
-# Okabe and Ito (2008), black last. Every curve also has a marker of its own.
-PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442", "#000000")
+from lcattn.errors import argument_error
+
+# Okabe and Ito (2008), black last, and olive for their yellow, which no line on white can wear.
+# Every curve also has a marker of its own.
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#999933", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 
 _STYLE = {
@@ -47,7 +52,16 @@ class Series:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Panel:
-    """One pair of axes. Labels carry the unit, as in "time (ms)"; `ylim` None fits the data."""
+    """One pair of axes.
+
+    Attributes:
+      xlabel, ylabel: with the unit, as in "time (ms)".
+      series: what is drawn.
+      xscale, yscale: "log2" marks powers of 2 by their values.
+      ylim: None fits the data.
+      direct_labels: name each curve at its last point, beside the axes, where many curves make a
+        legend hard to follow. The panel is then larger.
+    """
 
     xlabel: str
     ylabel: str
@@ -56,43 +70,103 @@ class Panel:
     xscale: Literal["linear", "log", "log2"] = "linear"
     yscale: Literal["linear", "log", "log2"] = "linear"
     ylim: tuple[float, float] | None = None
+    direct_labels: bool = False
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class HeatMap:
+    """A grid of numbers between two limits, each written into its cell.
+
+    Attributes:
+      xlabel, ylabel: with the unit.
+      columns, rows: what stands at the cells of the axes; the first row is at the top.
+      values: `[row][column]`. None: an empty cell.
+      limits: the numbers of the first and the last colour.
+      label: what the numbers are, for the colour bar that all heat maps of a figure share.
+    """
+
+    xlabel: str
+    ylabel: str
+    columns: Sequence[str]
+    rows: Sequence[str]
+    values: Sequence[Sequence[float | None]]
+    title: str = ""
+    limits: tuple[float, float] = (0.0, 1.0)
+    label: str = ""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Figure:
-    """Panels side by side with one legend, saved as `<name>.png`."""
+    """Panels with one legend and one colour bar, saved as `<name>.png`.
+
+    Attributes:
+      name: of the file.
+      caption: one or two sentences on what is seen.
+      panels: from left to right. Heat maps have the same limits and label.
+      max_columns: panels in a row; more of them begin another row.
+    """
 
     name: str
     caption: str
-    panels: Sequence[Panel]
+    panels: Sequence[Panel | HeatMap]
+    max_columns: int = 4
 
     def save(self, folder: Path) -> Path:
         """Draws the figure into `folder` and returns the file."""
-        labels = list(dict.fromkeys(s.label for panel in self.panels for s in panel.series))
-        looks = {label: (PALETTE[i], MARKERS[i]) for i, label in _cycle(labels)}
+        curves = [panel for panel in self.panels if isinstance(panel, Panel)]
+        labels = dict.fromkeys(s.label for panel in curves for s in panel.series)
+        looks = dict(zip(labels, _looks(), strict=False))
+        columns = min(len(self.panels), self.max_columns)
+        rows = math.ceil(len(self.panels) / columns)
+        named = any(panel.direct_labels for panel in curves)
+        width, height = (7.2, 5.0) if named else (4.6, 3.6) if curves else (3.2, 2.6)
         with mpl.rc_context(_STYLE):
-            canvas = Canvas(figsize=(4.6 * len(self.panels), 3.6))
-            grid = canvas.subplots(1, len(self.panels), squeeze=False)
-            for axes, panel in zip(grid[0], self.panels, strict=True):
-                _draw(axes, panel, looks)
-            handles = {label: h for a in grid[0] for h, label in zip(*_legend(a), strict=True)}
-            canvas.legend(
-                handles.values(),
-                handles.keys(),
-                loc="outside lower center",
-                ncols=min(len(handles), 4),
-            )
+            canvas = Canvas(figsize=(width * columns, height * rows))
+            grid = canvas.subplots(rows, columns, squeeze=False).flat
+            colors = {}
+            for axes, panel in itertools.zip_longest(grid, self.panels):
+                match panel:
+                    case Panel():
+                        _draw(axes, panel, looks)
+                    case HeatMap():
+                        colors[axes] = _draw_grid(axes, panel)
+                    case _:
+                        axes.set_axis_off()
+            if labels and not named:
+                _add_legend(canvas)
+            if colors:
+                _add_color_bar(canvas, colors, self.panels)
             path = folder / f"{self.name}.png"
             canvas.savefig(path)
         return path
 
 
-def _cycle(labels: Sequence[str]) -> Iterator[tuple[int, str]]:
-    return ((i % len(PALETTE), label) for i, label in enumerate(labels))
+def _looks() -> Iterator[tuple[str, str]]:
+    """Pairs of colour and marker, no two alike."""
+    for turn in range(len(MARKERS)):
+        yield from zip(PALETTE, MARKERS[turn:] + MARKERS[:turn], strict=True)
 
 
-def _legend(axes: Axes) -> tuple[list, list]:
-    return axes.get_legend_handles_labels()
+def _add_legend(canvas: Canvas) -> None:
+    handles = {
+        label: handle
+        for axes in canvas.axes
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
+    canvas.legend(
+        handles.values(), handles.keys(), loc="outside lower center", ncols=min(len(handles), 4)
+    )
+
+
+def _add_color_bar(
+    canvas: Canvas, colors: dict[Axes, AxesImage], panels: Sequence[Panel | HeatMap]
+) -> None:
+    scales = {(p.label, p.limits) for p in panels if isinstance(p, HeatMap)}
+    if len(scales) > 1:
+        raise argument_error("panels", "heat maps of one label and one pair of limits", scales)
+    [(label, _)] = scales
+    bar = canvas.colorbar(next(iter(colors.values())), ax=list(colors), label=label)
+    bar.outline.set_visible(False)
 
 
 def _draw(axes: Axes, panel: Panel, looks: dict[str, tuple[str, str]]) -> None:
@@ -108,6 +182,70 @@ def _draw(axes: Axes, panel: Panel, looks: dict[str, tuple[str, str]]) -> None:
     axes.set(xlabel=panel.xlabel, ylabel=panel.ylabel, title=panel.title)
     if panel.ylim is not None:
         axes.set_ylim(panel.ylim)
+    if panel.direct_labels:
+        _name_curves(axes, panel, looks)
+
+
+def _name_curves(axes: Axes, panel: Panel, looks: dict[str, tuple[str, str]]) -> None:
+    """Writes names beside the axes, in the order of the curves' ends, and ties them to these."""
+    axes.autoscale_view()  # otherwise the axes fit the data only once they are drawn
+    ends = {}
+    for series in panel.series:
+        points = [(x, y) for x, y in zip(series.x, series.y, strict=True) if y is not None]
+        if points:
+            ends[series.label] = points[-1]
+    heights = {label: _height(axes, end) for label, end in ends.items()}
+    placed = _spread(heights, gap=min(0.055, 1 / max(len(heights), 1)))
+    for label, height in placed.items():
+        color, _ = looks[label]
+        axes.annotate(
+            label, xy=ends[label], xytext=(1.04, height), textcoords="axes fraction",
+            fontsize=8, va="center", color=color,
+            annotation_clip=False,
+            arrowprops={
+                "arrowstyle": "-", "color": color, "linewidth": 0.7, "alpha": 0.6, "shrinkB": 4,
+                "relpos": (0, 0.5),
+            },
+        )  # fmt: skip
+
+
+def _height(axes: Axes, point: tuple[float, float]) -> float:
+    """Where a point stands in the axes, 0 at the bottom and 1 at the top."""
+    pixels = axes.transData.transform(point)
+    return float(axes.transAxes.inverted().transform(pixels)[1])
+
+
+def _spread(heights: dict[str, float], gap: float) -> dict[str, float]:
+    """Moves heights apart to at least `gap`, keeping their order, within 0 and 1."""
+    order = sorted(heights, key=heights.__getitem__)
+    placed, floor = {}, 0.0
+    for label in order:
+        placed[label] = floor = max(heights[label], floor)
+        floor += gap
+    ceiling = 1.0
+    for label in reversed(order):
+        placed[label] = ceiling = min(placed[label], ceiling)
+        ceiling -= gap
+    return placed
+
+
+def _draw_grid(axes: Axes, panel: HeatMap) -> AxesImage:
+    low, high = panel.limits
+    values = [[math.nan if v is None else v for v in row] for row in panel.values]
+    image = axes.imshow(values, cmap="cividis", vmin=low, vmax=high, aspect="auto")
+    axes.grid(visible=False)
+    axes.set_xticks(range(len(panel.columns)), panel.columns)
+    axes.set_yticks(range(len(panel.rows)), panel.rows)
+    axes.set(xlabel=panel.xlabel, ylabel=panel.ylabel, title=panel.title)
+    for y, row in enumerate(panel.values):
+        for x, value in enumerate(row):
+            if value is not None:
+                dark = value < (low + high) / 2
+                axes.text(
+                    x, y, f"{value:.2f}", ha="center", va="center", fontsize=7,
+                    color="white" if dark else "black",
+                )  # fmt: skip
+    return image
 
 
 def _scale(axes: Axes, axis: Literal["x", "y"], scale: str) -> None:

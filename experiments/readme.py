@@ -6,6 +6,9 @@
 """
 
 import contextlib
+import importlib
+import importlib.util
+import inspect
 import io
 import json
 import sys
@@ -17,6 +20,7 @@ from flax import nnx as flax_nnx
 
 import lcattn.nn
 from experiments import benchmark, demo
+from experiments.figures import Figure
 from experiments.reporting import Table, describe_environment, show_bytes
 from lcattn.nn import MixerConfig
 from lcattn.ops import dispatch
@@ -65,17 +69,28 @@ def mechanisms() -> str:
                 f"`nn.{type(config).__name__}`",
                 f"`ops.{mixer.op}`",
                 ", ".join(op),
+                _kernel_evidence(mixer.op),
                 yes[traits.causal], yes[traits.streaming], yes[traits.stochastic],
-                yes[traits.subquadratic],
+                mixer.time,
                 show_bytes(mixer.state_bytes(_LENGTH)),
             )
         )  # fmt: skip
     header = (
-        "mixer config", "op", "implementations", "causal", "streams", "stochastic", "sub-quadratic",
-        f"state at {_LENGTH:,} tokens",
+        "mixer config", "op", "implementations", "kernel's evidence", "causal", "streams",
+        "stochastic", "time", f"state at {_LENGTH:,} tokens",
     )  # fmt: skip
     title = f"State of one float32 stream at width {_WIDTH:,}, default config"
-    return Table(title=title, header=header, rows=rows).markdown()
+    letters = inspect.cleandoc(lcattn.nn.Mixer.__doc__ or "").partition("time: ")[2]
+    return Table(title=title, header=header, rows=rows).markdown() + (
+        f"\n\nTime: {' '.join(letters.split())}"
+    )
+
+
+def _kernel_evidence(op: str) -> str:
+    """How far the op's kernel has been tried, if it has one."""
+    if importlib.util.find_spec(f"pallas_kernels.{op}") is None:
+        return "–"
+    return ", ".join(importlib.import_module(f"pallas_kernels.{op}").EVIDENCE)
 
 
 def mixer_configs() -> Iterator[MixerConfig]:
@@ -99,6 +114,22 @@ def demo_results() -> str:
         describe_environment(results["environment"]),
     ]
     return "\n\n".join(blocks)
+
+
+def recorded_experiments() -> str:
+    """The first figure of each recorded experiment, with its command and machine."""
+    parts = []
+    for folder in sorted(path.parent for path in RECORDS.glob("*/results.json")):
+        script = importlib.import_module(f"experiments.{folder.name}")
+        if script is demo:
+            continue  # It has a part of its own.
+        results = _load(folder / "results.json")
+        page = script.report(results)
+        figure = next(block for block in page.blocks if isinstance(block, Figure))
+        picture = _link(folder / f"{figure.name}.png")
+        parts.append(f"### {page.title}\n\n![{figure.caption}]({picture})\n\n{figure.caption}")
+        parts.append(describe_environment(results["environment"]))
+    return "\n\n".join(parts)
 
 
 def benchmarks() -> str:
@@ -165,6 +196,7 @@ def _link(path: Path) -> str:
 PARTS = {
     "example": example,
     "demo": demo_results,
+    "experiments": recorded_experiments,
     "mechanisms": mechanisms,
     "kernels": kernels,
     "benchmarks": benchmarks,

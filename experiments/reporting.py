@@ -12,7 +12,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -139,6 +139,22 @@ def write_results(run_dir: Path, results: Mapping[str, Any]) -> None:
     partial = run_dir / f"{RESULTS}.partial"
     partial.write_text(json.dumps(results, indent=2, allow_nan=False) + "\n")
     partial.replace(run_dir / RESULTS)
+
+
+def publish(
+    results: Mapping[str, Any], report: Callable[[Mapping[str, Any]], Report], run_dir: Path
+) -> None:
+    """Writes the results, and the report made from them, and prints its tables."""
+    write_results(run_dir, results)
+    page = report(results)
+    page.save(run_dir)
+    page.print()
+    print(f"\nreport: {run_dir / REPORT}")
+
+
+def took(seconds: float) -> str:
+    """The sentence on the time of a script that reads finished runs back."""
+    return f"This took {seconds:.0f} s, runs that were already finished not counted."
 
 
 def regenerate(run_dir: Path) -> Report:

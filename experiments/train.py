@@ -17,7 +17,7 @@ from experiments.figures import Figure, Panel, Series
 from experiments.reporting import Report, Table, show_bytes
 from lcattn.errors import argument_error
 from lcattn.models import LM, LMConfig
-from lcattn.tasks import MQARTask, MQARTaskConfig, TextTask, TextTaskConfig
+from lcattn.tasks import MQARTaskConfig, NeedleTaskConfig, Task, TextTaskConfig
 from lcattn.training import TrainConfig, read_jsonl
 from lcattn.training import train as run_training
 
@@ -25,7 +25,11 @@ _MAX_POINTS = 500
 
 
 def train(
-    *, task: MQARTaskConfig | TextTaskConfig, model: LMConfig, training: TrainConfig, run_dir: Path
+    *,
+    task: MQARTaskConfig | NeedleTaskConfig | TextTaskConfig,
+    model: LMConfig,
+    training: TrainConfig,
+    run_dir: Path,
 ) -> None:
     """Trains a language model on a task, or continues the run it finds in its folder.
 
@@ -37,22 +41,19 @@ def train(
     """
     _, record = train_and_record(task.make(), model, training, run_dir)
     results = {"script": "train", "environment": reporting.environment(), "run": record}
-    reporting.write_results(run_dir, results)
-    page = report(results)
-    page.save(run_dir)
-    page.print()
-    print(f"\nreport: {run_dir / reporting.REPORT}")
+    reporting.publish(results, report, run_dir)
 
 
 def train_and_record(
-    task: MQARTask | TextTask, model: LMConfig, training: TrainConfig, run_dir: Path
+    task: Task,
+    model: LMConfig,
+    training: TrainConfig,
+    run_dir: Path,
+    initial: LM | None = None,
 ) -> tuple[LM, dict[str, Any]]:
     """Trains, and gives the model and what a report says of the run, ready for JSON."""
-    if model.vocab_size < task.vocab_size:
-        raise argument_error(
-            "LMConfig.vocab_size", f"at least the task's {task.vocab_size}", model.vocab_size
-        )
-    result = run_training(task, model, training, run_dir)
+    check_vocabulary(model, task)
+    result = run_training(task, model, training, run_dir, initial=initial)
     assert isinstance(result.model, LM)  # what LMConfig makes
     length = max(numbers["length"] for numbers in task.slices.values())
     speeds = [line["tokens_per_second"] for line in read_jsonl(run_dir / "timing.jsonl")]
@@ -64,21 +65,34 @@ def train_and_record(
         "steps": result.steps,
         "num_steps": training.num_steps,
         "tokens_per_second": speeds[-1] if speeds else None,
-        "metrics": result.metrics,
+        "metrics": {name: _finite(value) for name, value in result.metrics.items()},
         "slices": task.slices,
         "measured": task.metrics,
         "curves": curves(read_jsonl(result.metrics_path)),
     }
 
 
-def curves(lines: Sequence[Mapping[str, float]]) -> dict[str, list[tuple[int, float]]]:
+def check_vocabulary(model: LMConfig, task: Task) -> None:
+    """Raises unless the model knows all tokens of the task."""
+    if model.vocab_size < task.vocab_size:
+        raise argument_error(
+            "LMConfig.vocab_size", f"at least the task's {task.vocab_size}", model.vocab_size
+        )
+
+
+def curves(lines: Sequence[Mapping[str, float]]) -> dict[str, list[tuple[int, float | None]]]:
     """Step and value of every metric, thinned to what a figure can show."""
-    points: dict[str, list[tuple[int, float]]] = {}
+    points: dict[str, list[tuple[int, float | None]]] = {}
     for line in lines:
         for name, value in line.items():
             if name != "step":
-                points.setdefault(name, []).append((int(line["step"]), value))
+                points.setdefault(name, []).append((int(line["step"]), _finite(value)))
     return {name: xy[:: math.ceil(len(xy) / _MAX_POINTS)] for name, xy in points.items()}
+
+
+def _finite(value: float) -> float | None:
+    # JSON knows no NaN; a table shows a dash, a curve leaves a gap.
+    return value if math.isfinite(value) else None
 
 
 def report(results: Mapping[str, Any]) -> Report:

@@ -151,6 +151,14 @@ class MechanismsBenchmark(OpBenchmark):
                 implementation=implementation,
             )  # fmt: skip
 
+        def memory(depth, implementation=None, *, q, k, v):
+            rate = jnp.full(q.shape[:3], 0.1 / 64, jnp.float32)
+            momentum, decay = jnp.full_like(rate, 0.9), jnp.full_like(rate, 0.01)
+            return ops.neural_memory(
+                unit_norm(q), unit_norm(k), v, 0.1 * rate, momentum, decay,
+                [constant(N, H, H) * H**-0.5] * depth, implementation=implementation,
+            )  # fmt: skip
+
         return {
             "linear (Taylor)": linear,
             "gated linear": gated_linear,
@@ -161,4 +169,6 @@ class MechanismsBenchmark(OpBenchmark):
             "core context": core_context,
             "routing": routing,
             "hyper": hyper,
+            "neural memory, 1 layer": functools.partial(memory, 1),
+            "neural memory, 2 layers": functools.partial(memory, 2),
         }

@@ -99,6 +99,7 @@ class AgentAttention(HeadsMixer[AgentAttentionConfig]):
     """`y = Wo (agent_attention(Wq x, Wk x, Wv x, agents) + convolution(Wv x))`, without biases."""
 
     op = "agent_attention"
+    time = "T·n"
 
     @override
     def __init__(self, config: AgentAttentionConfig, rngs: nnx.Rngs):

@@ -46,6 +46,7 @@ class CoreContextAttention(AttentionMixer[CoreContextAttentionConfig]):
     """
 
     op = "core_context_attention"
+    time = "T·(T/g + w)"
 
     @property
     def traits(self) -> Traits:

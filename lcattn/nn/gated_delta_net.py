@@ -63,6 +63,7 @@ class GatedDeltaNet(RecurrentMixer[GatedDeltaNetConfig]):
     """
 
     op = "gated_delta_rule"
+    time = "T·(C + F)"
 
     @override
     def __init__(self, config: GatedDeltaNetConfig, rngs: nnx.Rngs):

@@ -69,6 +69,7 @@ class GatedLinearAttention(RecurrentMixer[GatedLinearAttentionConfig]):
     """
 
     op = "gated_linear_attention"
+    time = "T·(C + F)"
 
     @override
     def __init__(self, config: GatedLinearAttentionConfig, rngs: nnx.Rngs):

@@ -65,6 +65,7 @@ class HyperAttention(CachedAttention[HyperAttentionConfig]):
     """
 
     op = "hyper_attention"
+    time = "T·(b + m)·log T"
 
     @override
     def __init__(self, config: HyperAttentionConfig, rngs: nnx.Rngs):

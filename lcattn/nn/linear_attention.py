@@ -100,6 +100,7 @@ class LinearAttention(FeatureMapMixer[LinearAttentionConfig]):
     """`y = Wo · linear_attention(Wq x, Wk x, Wv x)`."""
 
     op = "linear_attention"
+    time = "T·(C + F²)"
 
     @property
     def traits(self) -> Traits:

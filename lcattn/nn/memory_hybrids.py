@@ -54,6 +54,7 @@ class HybridMixer[C: HybridConfig](Mixer):
     """Attention and memory, to be put together."""
 
     op = "neural_memory"
+    time = "T·(w + C + P/H)"
 
     def __init__(self, config: C, rngs: nnx.Rngs):
         """Args: `config`, with its width set; `rngs`, for the parameters."""

@@ -36,9 +36,13 @@ class Mixer(nnx.Module):
 
     Attributes:
       op: the function of `lcattn.ops` that the mixer is built around.
+      time: the order of a training step's time, per channel of a head: T tokens, w in the window,
+        C in a chunk; F features, H channels; n agents, c clusters, g in a group, b in a block, m
+        samples; P parameters of the memory, W taps.
     """
 
     op: ClassVar[str]
+    time: ClassVar[str]
 
     @property
     @abc.abstractmethod

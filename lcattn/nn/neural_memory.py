@@ -92,6 +92,7 @@ class NeuralMemory(RecurrentMixer[NeuralMemoryConfig]):
     """
 
     op = "neural_memory"
+    time = "T·(C + P/H)"
 
     @override
     def __init__(self, config: NeuralMemoryConfig, rngs: nnx.Rngs):

@@ -65,6 +65,7 @@ class PrefixLinearAttention(FeatureMapMixer[PrefixLinearAttentionConfig]):
     """
 
     op = "prefix_linear_attention"
+    time = "T·(C + F²)"
 
     @override
     def __init__(self, config: PrefixLinearAttentionConfig, rngs: nnx.Rngs):

@@ -134,6 +134,7 @@ class RoutingAttention(Mixer):
     """
 
     op = "routing_attention"
+    time = "T·(c + w)"
 
     def __init__(self, config: RoutingAttentionConfig, rngs: nnx.Rngs):
         """Args: `config`, with its width set; `rngs`, for parameters and centroids."""

@@ -53,6 +53,7 @@ class ShortConvolution(Mixer):
     """`y = Wo (silu(conv(u)) * g) + bo` with `[u, g] = Wi x + bi` (Arora et al. 2024)."""
 
     op = "short_convolution"
+    time = "T·W"
 
     def __init__(self, config: ShortConvolutionConfig, rngs: nnx.Rngs):
         """Args: `config`, with its width set; `rngs`, for the parameters."""

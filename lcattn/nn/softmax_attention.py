@@ -38,6 +38,7 @@ class SoftmaxAttention(CachedAttention[SoftmaxAttentionConfig]):
     """`y = Wo · softmax_attention(rotate(Wq x), rotate(Wk x), Wv x)`, without biases."""
 
     op = "softmax_attention"
+    time = "T·min(T, w)"
 
     @property
     def traits(self) -> Traits:

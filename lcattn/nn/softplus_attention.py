@@ -47,6 +47,7 @@ class SoftplusAttention(CachedAttention[SoftplusAttentionConfig]):
     """
 
     op = "softplus_attention"
+    time = "T²"
 
     @property
     def traits(self) -> Traits:

@@ -1,7 +1,9 @@
 """Data: tasks, corpora, and the way from rows to batches.
 
-- tasks a script trains on: `MQARTaskConfig`, `TextTaskConfig` (both make a `Task`);
-- rows: `MQARConfig` (computed), `PackedText` (of `Documents`), `Records` (stored one by one);
+- tasks a script trains on: `MQARTaskConfig`, `NeedleTaskConfig`, `TextTaskConfig`,
+  `ExtrapolationTaskConfig` (each makes a `Task`);
+- rows: `MQARConfig`, `NeedleConfig`, `PasskeyConfig` (computed), `PackedText` (of `Documents`),
+  `Records` (stored one by one);
 - text: `TextFolderConfig`, `standard_library`, `CorpusConfig` (by name), `ByteTokenizer`;
 - batches: `DataConfig`, `Batches`, `BatchIterator`, `check_batch`, `mask_prefix`;
 - a baseline, a metric and a prompt: `NGramModel`, `accuracy`, `repeat_prompt`.
@@ -11,12 +13,16 @@ Builders of tensorflow-datasets are in `lcattn.tasks.tfds_builders`, which is im
 
 from lcattn.tasks.batch import Batch, check_batch
 from lcattn.tasks.corpus import CorpusConfig
+from lcattn.tasks.extrapolation import ExtrapolationTask, ExtrapolationTaskConfig
 from lcattn.tasks.metrics import accuracy
 from lcattn.tasks.mqar import MQAR, PAPER_TEST, PAPER_TRAIN, MQARConfig
+from lcattn.tasks.needle import NeedleConfig
 from lcattn.tasks.ngram import NGramModel
 from lcattn.tasks.packing import PackedText, Packing, pack
+from lcattn.tasks.passkey import PasskeyConfig
 from lcattn.tasks.pipeline import Batches, BatchIterator, DataConfig, Records, Source
 from lcattn.tasks.prefix import mask_prefix, repeat_prompt
+from lcattn.tasks.retrieval import NeedleTask, NeedleTaskConfig
 from lcattn.tasks.task import MQARTask, MQARTaskConfig, Task, TextTask, TextTaskConfig
 from lcattn.tasks.text import ByteTokenizer, Documents, TextFolderConfig, standard_library
 
@@ -31,12 +37,18 @@ __all__ = [
     "CorpusConfig",
     "DataConfig",
     "Documents",
+    "ExtrapolationTask",
+    "ExtrapolationTaskConfig",
     "MQARConfig",
     "MQARTask",
     "MQARTaskConfig",
     "NGramModel",
+    "NeedleConfig",
+    "NeedleTask",
+    "NeedleTaskConfig",
     "PackedText",
     "Packing",
+    "PasskeyConfig",
     "Records",
     "Source",
     "Task",

@@ -25,46 +25,36 @@ arXiv:2312.04927; the sizes of the mixtures are those of its Based follow-up, ar
 """
 
 import dataclasses
-import hashlib
-import json
-import zlib
 from typing import override
 
 import numpy as np
 
-from lcattn.config import Config
-from lcattn.errors import argument_error
 from lcattn.tasks.batch import Batch
+from lcattn.tasks.computed import ComputedConfig, ComputedRows
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class MQARConfig(Config):
+class MQARConfig(ComputedConfig):
     """Rows of one length with one number of pairs.
 
     Attributes:
       length: tokens in a row, T; even.
       num_pairs: key-value pairs, and so queries, in a row; `4 * num_pairs <= length`.
-      num_examples: rows in the data set.
       vocab_size: number of tokens, V; greater than `length`.
       power: a in the distribution of the distance from a pair to its query.
       random_fillers: fill the rest of the row with uniform tokens of `[0, V)` (they may coincide
         with keys and values) rather than with token 0.
-      seed: of the data set.
     """
 
-    length: int
     num_pairs: int
-    num_examples: int = 1000
     vocab_size: int = 8192
     power: float = 0.01
     random_fillers: bool = True
-    seed: int = 0
 
     @override
     def validate(self) -> None:
-        self.require_positive("length", "num_pairs", "num_examples", "power")
-        if self.seed < 0:
-            raise self.error("seed", "a value of at least 0")
+        super().validate()
+        self.require_positive("num_pairs", "power")
         if self.length % 2:
             raise self.error("length", "an even number")
         if 4 * self.num_pairs > self.length:
@@ -73,51 +63,28 @@ class MQARConfig(Config):
             raise self.error("vocab_size", f"more than length = {self.length}")
 
     @property
+    @override
     def name(self) -> str:
-        """A name for tables and metric keys, e.g. `length_64_pairs_4`."""
         return f"length_{self.length}_pairs_{self.num_pairs}"
 
+    @property
+    @override
+    def numbers(self) -> dict[str, int]:
+        return {"length": self.length, "num_pairs": self.num_pairs}
+
+    @override
     def make(self, split: str = "train") -> "MQAR":
-        """The data set. Splits of different names share no random numbers."""
         return MQAR(self, split)
 
 
-class MQAR:
-    """A data set that is computed, not stored: row i is a pure function of (seed, split, i).
-
-    The random numbers are those of a Philox generator whose key is made from the config and the
-    split and whose counter starts at the row's own number, so rows can be computed in any order, on
-    any number of processes.
-    """
+class MQAR(ComputedRows[MQARConfig]):
+    """Rows of pairs and queries."""
 
     def __init__(self, config: MQARConfig, split: str = "train"):
-        self.config = config
-        self.split = split
-        entropy = [config.seed, zlib.crc32(split.encode()), config.length, config.num_pairs]
-        self._key = np.random.SeedSequence(entropy).generate_state(2, np.uint64)
+        super().__init__(config, split, config.length, config.num_pairs)
 
-    def __len__(self) -> int:
-        return self.config.num_examples
-
-    @property
-    def fingerprint(self) -> str:
-        """Equal for data sets of equal rows; part of the state of an iterator over them."""
-        description = json.dumps([self.config.to_dict(), self.split], sort_keys=True)
-        return hashlib.sha256(description.encode()).hexdigest()
-
-    def batch(self, indices: np.ndarray) -> Batch:
-        """The rows of the given indices.
-
-        Args:
-          indices: [B] integers in `[0, len(self))`.
-
-        Returns:
-          `tokens`, `targets` [B, T] int32, `weights` [B, T] float32, `example_ids` [B] int64.
-        """
-        indices = np.asarray(indices, np.int64)
-        if indices.size and not (indices.min() >= 0 and indices.max() < len(self)):
-            span = f"{indices.min()}..{indices.max()}"
-            raise argument_error("indices", f"row numbers in [0, {len(self)})", span)
+    @override
+    def _rows(self, indices: np.ndarray) -> Batch:
         c = self.config
         context = 2 * c.num_pairs
         keys, values, arrivals, fillers = self._draw(indices)
@@ -134,7 +101,7 @@ class MQAR:
         np.put_along_axis(targets, queries, values, axis=1)
         weights = np.zeros(tokens.shape, np.float32)
         np.put_along_axis(weights, queries, np.float32(1), axis=1)
-        return {"tokens": tokens, "targets": targets, "weights": weights, "example_ids": indices}
+        return {"tokens": tokens, "targets": targets, "weights": weights}
 
     def _draw(self, indices: np.ndarray) -> tuple[np.ndarray, ...]:
         c = self.config
@@ -147,13 +114,7 @@ class MQAR:
         values = np.empty((size, c.num_pairs), np.int32)
         arrivals = np.empty((size, num_slots))
         fillers = np.zeros((size, num_rest), np.int32)
-        # One generator for the batch, set to each row's counter in turn: six times cheaper than a
-        # generator for each row.
-        philox = np.random.Philox(key=self._key)
-        rng, state = np.random.Generator(philox), philox.state
-        for row, index in enumerate(indices):
-            state["state"]["counter"][:] = (0, index, 0, 0)
-            philox.state = state
+        for row, rng in self._generators(indices):
             keys[row] = 1 + rng.choice(half - 1, c.num_pairs, replace=False)
             values[row] = half + rng.choice(c.vocab_size - half, c.num_pairs, replace=False)
             rng.standard_exponential(out=arrivals[row])

@@ -7,6 +7,7 @@ from typing import Protocol, override, runtime_checkable
 from lcattn.config import Config
 from lcattn.tasks import mqar
 from lcattn.tasks.batch import Batch
+from lcattn.tasks.computed import ComputedConfig
 from lcattn.tasks.corpus import CorpusConfig
 from lcattn.tasks.mqar import MQARConfig
 from lcattn.tasks.packing import PackedText
@@ -20,8 +21,9 @@ class Task(Protocol):
 
     Attributes:
       vocab_size: token ids lie in `[0, vocab_size)`.
-      metrics: which of "loss", "accuracy" and "bits_per_byte" mean something here. The last is the
-        mean loss in bits, where each target is a byte of text.
+      metrics: which of "loss", "accuracy", "exact_match" and "bits_per_byte" mean something here.
+        "exact_match" is the share of rows without a mistake; "bits_per_byte" is the mean loss in
+        bits, where each target is a byte of text.
       slices: for each name that `evaluation` gives, the numbers that describe it, such as
         `{"length": 64, "num_pairs": 4}`: the coordinates of plots.
     """
@@ -75,27 +77,43 @@ class MQARTaskConfig(Config):
         return MQARTask(self)
 
 
-class MQARTask:
-    """See `MQARTaskConfig` and `Task`."""
+class ComputedTask:
+    """A mixture of computed rows to train on, others to be judged by; see `Task`."""
 
-    metrics: tuple[str, ...] = ("loss", "accuracy")
-
-    def __init__(self, config: MQARTaskConfig):
-        self.config = config
-        self.vocab_size = config.train[0].vocab_size
-        self.slices = {
-            test.name: {"length": test.length, "num_pairs": test.num_pairs}
-            for test in config.evaluation
-        }
+    def __init__(
+        self,
+        train: Sequence[ComputedConfig],
+        evaluation: Sequence[ComputedConfig],
+        data: DataConfig,
+        eval_batch_size: int | None,
+        *,
+        vocab_size: int,
+        metrics: tuple[str, ...] = ("loss", "accuracy"),
+    ):
+        """Args: see `MQARTaskConfig` for the data, `Task` for what it is called."""
+        self.vocab_size = vocab_size
+        self.metrics = metrics
+        self.slices = {test.name: test.numbers for test in evaluation}
+        self._train, self._evaluation = train, evaluation
+        self._data, self._eval_data = data, for_evaluation(data, eval_batch_size)
 
     def train(self) -> BatchIterator:
         """A new iterator over training batches, at its beginning."""
-        return self.config.data.make(*(config.make("train") for config in self.config.train))
+        return self._data.make(*(config.make("train") for config in self._train))
 
     def evaluation(self) -> dict[str, Sequence[Batch]]:
-        """The test rows, one slice for each length and number of pairs."""
-        data = _for_evaluation(self.config.data, self.config.eval_batch_size)
-        return {test.name: data.batches(test.make("test")) for test in self.config.evaluation}
+        """The test rows, one slice for each config."""
+        return {test.name: self._eval_data.batches(test.make("test")) for test in self._evaluation}
+
+
+class MQARTask(ComputedTask):
+    """See `MQARTaskConfig` and `Task`."""
+
+    def __init__(self, config: MQARTaskConfig):
+        super().__init__(
+            config.train, config.evaluation, config.data, config.eval_batch_size,
+            vocab_size=config.train[0].vocab_size,
+        )  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -151,12 +169,12 @@ class TextTask:
 
     def evaluation(self) -> dict[str, Sequence[Batch]]:
         """The held-out text, in a random order, so that any first batches are a fair sample."""
-        data = _for_evaluation(self.config.data, self.config.eval_batch_size)
+        data = for_evaluation(self.config.data, self.config.eval_batch_size)
         batches = data.replace(shuffle=True).batches(self._heldout_rows)
         return {"heldout": batches[: self.config.max_eval_batches]}
 
 
-def _for_evaluation(data: DataConfig, batch_size: int | None) -> DataConfig:
+def for_evaluation(data: DataConfig, batch_size: int | None) -> DataConfig:
     """One pass over all rows in their order."""
     return data.replace(
         batch_size=batch_size or data.batch_size, shuffle=False, num_epochs=1, drop_remainder=False

@@ -7,6 +7,8 @@ name and renames it when it is whole.
 """
 
 import dataclasses
+import hashlib
+import json
 import logging
 import warnings
 from collections.abc import Mapping
@@ -41,8 +43,9 @@ class Checkpointer:
 
     Args:
       run_dir: the run's folder.
-      configs: what the run is: `{"model": ..., "train": ...}` as dictionaries. Stored with each
-        checkpoint; `restore` refuses a checkpoint of others.
+      configs: what the run is: `{"model": ..., "train": ...}` as dictionaries, and the fingerprint
+        of the model it started from, if any. Stored with each checkpoint; `restore` refuses a
+        checkpoint of others.
       keep: how many of the newest checkpoints are kept.
     """
 
@@ -214,6 +217,12 @@ def digests(items: Tree) -> dict[str, int]:
     named = jax.tree_util.tree_leaves_with_path(items)
     sums = jax.device_get([_digest(leaf) for _, leaf in named])
     return {jax.tree_util.keystr(p): int(s) for (p, _), s in zip(named, sums, strict=True)}
+
+
+def fingerprint(tree: Tree) -> str:
+    """Equal for trees of equal values."""
+    values = json.dumps(digests(tree), sort_keys=True)
+    return hashlib.sha256(values.encode()).hexdigest()
 
 
 @jax.jit

@@ -29,7 +29,7 @@ class TrainConfig(Config):
       checkpoint_every: steps between checkpoints. None: at the end only (and when interrupted).
       keep: how many checkpoints are kept.
       stop_when: ends the run early once an evaluation meets all of these thresholds, e.g.
-        `{"pairs_8/accuracy": 0.99}`. Reached from below for an accuracy, from above for a loss.
+        `{"pairs_8/accuracy": 0.99}`. Reached from below for shares, from above for losses.
       tensorboard: writes TensorBoard events beside `metrics.jsonl`.
     """
 
@@ -62,7 +62,9 @@ class TrainConfig(Config):
     def is_reached(self, metrics: Mapping[str, float]) -> bool:
         """Whether an evaluation ends the run by `stop_when`."""
         return bool(self.stop_when) and all(
-            metrics[name] >= threshold if name.endswith("/accuracy") else metrics[name] <= threshold
+            metrics[name] >= threshold
+            if name.endswith(("/accuracy", "/exact_match"))
+            else metrics[name] <= threshold
             for name, threshold in self.stop_when.items()
         )
 

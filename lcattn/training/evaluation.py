@@ -14,7 +14,7 @@ from lcattn.training.mesh import MeshConfig, replicated, shard_batch
 from lcattn.training.state import ModelDef, Tree
 from lcattn.training.step import make_eval_step
 
-METRICS = ("loss", "accuracy", "bits_per_byte")
+METRICS = ("loss", "accuracy", "exact_match", "bits_per_byte")
 
 Slices = Mapping[str, Iterable[Mapping[str, Any]]]
 
@@ -50,8 +50,8 @@ def evaluate(
 
     Returns:
       For each slice, `slice/loss` (mean nats per token), `slice/accuracy` (share of tokens whose
-      most likely value is right) and `slice/bits_per_byte` (the loss in bits: per byte where
-      tokens are bytes).
+      most likely value is right), `slice/exact_match` (share of rows where all of them are) and
+      `slice/bits_per_byte` (the loss in bits: per byte where tokens are bytes).
     """
     params, model_state = ModelDef.split(model)
     sharding = jax.tree.leaves(params)[0].sharding
@@ -68,11 +68,13 @@ def device_batch(batch: Mapping[str, Any], mesh: Mesh) -> dict[str, jax.Array]:
 
 
 def _means(name: str, sums: LossSums) -> dict[str, float]:
-    weight, loss, correct = map(float, jax.device_get((sums.weight, sums.loss, sums.correct)))
-    if weight == 0:
+    total = {key: float(value) for key, value in jax.device_get(vars(sums)).items()}
+    if total["weight"] == 0:
         raise argument_error(f"slice {name!r}", "tokens of non-zero weight", "none")
+    loss = total["loss"] / total["weight"]
     return {
-        "loss": loss / weight,
-        "accuracy": correct / weight,
-        "bits_per_byte": loss / weight / math.log(2),
+        "loss": loss,
+        "accuracy": total["correct"] / total["weight"],
+        "exact_match": total["exact"] / total["rows"],
+        "bits_per_byte": loss / math.log(2),
     }

@@ -8,19 +8,20 @@ from typing import Any
 
 import jax
 import numpy as np
+from flax import nnx
 from jax.sharding import Mesh
 
 from lcattn.config import Config
 from lcattn.errors import argument_error
 from lcattn.tasks import Task
-from lcattn.training.checkpoint import Checkpointer
+from lcattn.training.checkpoint import Checkpointer, fingerprint
 from lcattn.training.config import TrainConfig, TrainResult
 from lcattn.training.errors import NonFiniteLossError, TrainingInterrupted
 from lcattn.training.evaluation import Evaluator, device_batch
 from lcattn.training.metrics import JsonlWriter, MetricWriter, TensorBoardWriter
 from lcattn.training.progress import Progress, Stopwatch
 from lcattn.training.run_dir import Interrupt, lock
-from lcattn.training.state import abstract_model, abstract_state, init_state
+from lcattn.training.state import abstract_model, abstract_state, init_state, place_model
 from lcattn.training.step import jit_train_step, make_train_step
 
 
@@ -30,6 +31,7 @@ def train(
     config: TrainConfig,
     run_dir: str | Path,
     *,
+    initial: nnx.Module | None = None,
     writers: Sequence[MetricWriter] = (),
 ) -> TrainResult:
     """Trains a model, or continues where an earlier call with the same run folder stopped.
@@ -44,6 +46,8 @@ def train(
       model_config: builds the model: `model_config.make(rngs)`.
       config: the run.
       run_dir: the run's folder, made where missing.
+      initial: a model of this config to start from, for fine-tuning. It is left as it is. None: a
+        new one.
       writers: where to send metrics besides. They are closed at the end.
 
     Raises:
@@ -53,12 +57,13 @@ def train(
       ConfigMismatchError: if the folder holds a run of another config.
       CheckpointError: if a checkpoint cannot be written, or none can be read.
       RunLockedError: if another process trains in this folder.
-      ValueError: if the batches do not fit the mesh or the microbatches.
+      ValueError: if the batches do not fit the mesh or the microbatches, or `initial` is a model of
+        another config.
     """
     run_dir = Path(run_dir)
     mesh = config.mesh.make()
     with lock(run_dir), jax.set_mesh(mesh), Interrupt() as interrupt:
-        run = _Run(task, model_config, config, run_dir, mesh, writers)
+        run = _Run(task, model_config, config, run_dir, mesh, initial, writers)
         try:
             while not run.finished:
                 run.update()
@@ -88,6 +93,7 @@ class _Run:
         config: TrainConfig,
         run_dir: Path,
         mesh: Mesh,
+        initial: nnx.Module | None,
         writers: Sequence[MetricWriter],
     ):
         self.config, self.mesh = config, mesh
@@ -107,7 +113,10 @@ class _Run:
         )
         self.train_step = jit_train_step(train_step, target)
 
-        configs = {"model": model_config.to_dict(), "train": config.trajectory()}
+        configs: dict[str, Any] = {"model": model_config.to_dict(), "train": config.trajectory()}
+        given = None if initial is None else place_model(initial, target)
+        if given is not None:
+            configs["initial"] = fingerprint(given)
         self.checkpointer = Checkpointer(run_dir, configs, config.keep)
         self.data = task.train()
         self.step, self.finished, self.latest = 0, False, {}
@@ -116,7 +125,7 @@ class _Run:
             self.finished, self.latest = restored.meta["finished"], restored.meta["latest"]
             self.data.set_state(restored.meta["data"])
         else:
-            self.state = init_state(model_config, optimizer, config.seed, target)
+            self.state = init_state(model_config, optimizer, config.seed, target, given)
 
         self.metrics_path = run_dir / "metrics.jsonl"
         self.stopwatch = Stopwatch()

@@ -18,12 +18,16 @@ class LossSums:
       loss: sum of `weight * -log p(target)`, in nats.
       correct: sum of the weights of tokens whose most likely value is the target.
       z: sum of `weight * log(Z)**2`, with Z the normaliser of the softmax.
+      rows: number of rows that have any weight.
+      exact: number of those whose every weighted token is most likely.
     """
 
     weight: Float[Array, ""]
     loss: Float[Array, ""]
     correct: Float[Array, ""]
     z: Float[Array, ""]
+    rows: Float[Array, ""]
+    exact: Float[Array, ""]
 
     @staticmethod
     def zeros() -> "LossSums":
@@ -44,11 +48,15 @@ def cross_entropy(logits: Logits, targets: Tokens, weights: Float[Array, "B T"])
     weights = weights.astype(jnp.float32)
     log_z = jax.nn.logsumexp(logits, axis=-1)
     target_logits = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    is_correct = logits.argmax(axis=-1) == targets
+    has_weight = (weights != 0).any(axis=1)
     return LossSums(
         weight=weights.sum(),
         loss=(weights * (log_z - target_logits)).sum(),
-        correct=(weights * (logits.argmax(axis=-1) == targets)).sum(),
+        correct=(weights * is_correct).sum(),
         z=(weights * log_z**2).sum(),
+        rows=has_weight.sum().astype(jnp.float32),
+        exact=(has_weight & (is_correct | (weights == 0)).all(axis=1)).sum().astype(jnp.float32),
     )
 
 

@@ -9,6 +9,7 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
+from lcattn.errors import argument_error
 from lcattn.training.mesh import param_shardings, replicated
 
 Tree = Any
@@ -92,16 +93,52 @@ def abstract_state(
 
 
 def init_state(
-    model_config: Any, optimizer: optax.GradientTransformation, seed: int, target: TrainState
+    model_config: Any,
+    optimizer: optax.GradientTransformation,
+    seed: int,
+    target: TrainState,
+    given: tuple[Tree, Tree] | None = None,
 ) -> TrainState:
-    """A new state, each array made where `target` says it lives."""
+    """A new state, each array made where `target` says it lives.
 
-    def init() -> TrainState:
+    Args:
+      model_config: makes the model.
+      optimizer: makes the moments.
+      seed: of parameters and random streams.
+      target: shapes and places.
+      given: parameters and other variables to copy instead of making new ones.
+    """
+
+    def init(given: tuple[Tree, Tree] | None) -> TrainState:
         model_key, rng = jax.random.split(jax.random.key(seed))
-        params, model_state = ModelDef.split(model_config.make(nnx.Rngs(model_key)))
+        if given is None:
+            params, model_state = ModelDef.split(model_config.make(nnx.Rngs(model_key)))
+        else:  # Copied, since training overwrites the state.
+            params, model_state = jax.tree.map(jnp.copy, given)
         return TrainState(jnp.int32(0), params, model_state, optimizer.init(params), rng)
 
-    return jax.jit(init, out_shardings=shardings_of(target))()
+    return jax.jit(init, out_shardings=shardings_of(target))(given)
+
+
+def place_model(model: nnx.Module, target: TrainState) -> tuple[Tree, Tree]:
+    """The model's parameters and its other variables, where `target` says they live.
+
+    Raises:
+      ValueError: if they are not of the shapes of `target`.
+    """
+    values, places = ModelDef.split(model), (target.params, target.model_state)
+    expected, got = _shapes(places), _shapes(values)
+    for path in dict.fromkeys([*expected, *got]):
+        if expected.get(path) != got.get(path):
+            raise argument_error(
+                f"initial{path}", expected.get(path, "nothing"), got.get(path, "nothing")
+            )
+    return jax.device_put(values, shardings_of(places))
+
+
+def _shapes(tree: Tree) -> dict[str, str]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path[1:]): f"{x.dtype}{list(x.shape)}" for path, x in leaves}
 
 
 def shardings_of(tree: Tree) -> Tree:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from experiments import cli, gin_config, registry
+from experiments import cli, gin_config, recall, registry
 from experiments.benchmarks import OpBenchmark
 from lcattn.models import LMConfig
 
@@ -27,6 +27,8 @@ def _prepare(file):
 
 
 def _models(arguments):
+    if "mechanisms" in arguments:
+        arguments = {"models": recall.fill(arguments["model"], arguments["mechanisms"])}
     for value in arguments.values():
         if isinstance(value, LMConfig):
             yield value

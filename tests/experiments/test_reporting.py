@@ -1,13 +1,15 @@
 """Tables, figures and the record of where numbers come from."""
 
+import dataclasses
 import io
+import itertools
 import json
 
 import pytest
 from rich.console import Console
 
-from experiments import reporting
-from experiments.figures import MARKERS, PALETTE, Figure, Panel, Series
+from experiments import figures, reporting
+from experiments.figures import MARKERS, PALETTE, Figure, HeatMap, Panel, Series
 from experiments.reporting import Report, Table, show, show_bytes
 
 
@@ -54,7 +56,38 @@ def test_report_with_a_figure(tmp_path):
 
 
 def test_no_two_curves_look_alike():
-    assert len(set(PALETTE)) == len(PALETTE) == len(MARKERS) == len(set(MARKERS))
+    looks = list(figures._looks())
+    assert len(set(looks)) == len(looks) == len(PALETTE) * len(MARKERS)
+
+
+def test_curves_named_at_their_ends(tmp_path):
+    series = [Series(label=f"model {i}", x=[1, 2], y=[0.1, None if i else 0.9]) for i in range(20)]
+    empty = Series(label="nothing", x=[1], y=[None])
+    panel = Panel(
+        xlabel="x", ylabel="y", series=[*series, empty], xscale="log2", direct_labels=True
+    )
+    assert Figure(name="ends", caption="", panels=[panel]).save(tmp_path).stat().st_size > 1000
+
+
+def test_names_keep_their_order_and_distance():
+    placed = figures._spread({"a": 0.5, "b": 0.52, "c": 0.99, "d": 1.0, "e": 0.0}, gap=0.1)
+    assert sorted(placed, key=placed.__getitem__) == ["e", "a", "b", "c", "d"]
+    heights = sorted(placed.values())
+    assert min(b - a for a, b in itertools.pairwise(heights)) == pytest.approx(0.1)
+    assert heights[0] >= 0
+    assert heights[-1] <= 1
+
+
+def test_heat_maps(tmp_path):
+    panels = [
+        HeatMap(xlabel="length", ylabel="depth", columns="ab", rows="c", values=[[0.1, None]])
+        for _ in range(3)
+    ]
+    figure = Figure(name="grid", caption="", panels=panels, max_columns=2)
+    assert figure.save(tmp_path).stat().st_size > 1000
+    other = dataclasses.replace(panels[0], limits=(0, 2))
+    with pytest.raises(ValueError, match="panels: expected heat maps of one label"):
+        dataclasses.replace(figure, panels=[*panels, other]).save(tmp_path)
 
 
 def test_environment_is_json_and_names_the_device():

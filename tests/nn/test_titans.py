@@ -94,7 +94,7 @@ class LiteralContext(PersistentAttention):
             self._attend_to_persistent(q),
             SoftmaxAttention._attend(self, q, *tokens, return_lse=True, **options),
             SoftmaxAttention._attend(self, q, *recalled, return_lse=True, causal=False),
-        )
+        )[0]
 
 
 def test_memory_as_context_leaks_as_printed_and_not_here():

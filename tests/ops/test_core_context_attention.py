@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 from compiled import ops
 
+from lcattn.ops import core_context_attention
+
 attend = functools.partial(ops.core_context_attention, implementation="reference")
 
 
@@ -184,7 +186,7 @@ def test_bad_options(options, message):
 
 
 def test_states_that_do_not_fit():
-    q, k, v = _draw()
+    attend, (q, k, v) = core_context_attention, _draw()  # under jit, no length is known
     state = ops.core_context_attention_state(1, 16, 2, 2, 4, 4, group_size=3, window=4)
     with pytest.raises(ValueError, match="state: expected room for 17 tokens, got max_length=16"):
         attend(q, k, v, group_size=3, window=4, initial_state=state)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from compiled import ops
 
+from lcattn.ops import gated_delta_rule
 from lcattn.ops.triangular import inverse
 from lcattn.testing.conformance.compare import assert_close, assert_finite
 
@@ -162,4 +163,4 @@ def test_nothing_but_the_inputs_is_kept_for_the_gradient(qkv):
 )
 def test_what_does_not_fit_is_named(qkv, change, words):
     with pytest.raises(ValueError, match=words):
-        ops.gated_delta_rule(**dict(zip("qkv", qkv, strict=True)), **change)
+        gated_delta_rule(**dict(zip("qkv", qkv, strict=True)), **change)

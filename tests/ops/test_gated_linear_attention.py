@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from compiled import ops
 
+from lcattn.ops import gated_linear_attention
 from lcattn.ops.decay import between_tokens, inside_chunks
 from lcattn.testing.conformance.compare import assert_close, assert_finite
 
@@ -179,4 +180,4 @@ def test_no_rows():
 def test_what_does_not_fit_is_named(qkv, change, words):
     arguments = dict(zip("qkv", qkv, strict=True)) | {"log_decay": jnp.zeros((B, T, N))} | change
     with pytest.raises(ValueError, match=words):
-        ops.gated_linear_attention(**arguments)
+        gated_linear_attention(**arguments)

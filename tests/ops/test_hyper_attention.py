@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from compiled import ops
 
+from lcattn.ops import hyper_attention
 from lcattn.ops.checks import check_heads
 from lcattn.ops.hyper_attention import api, dense, draws
 from lcattn.ops.hyper_attention.hashing import gray_rank, ranks
@@ -233,7 +234,7 @@ def test_gradients_go_through_the_merge(monkeypatch):
     def gradients():
         return jax.jit(jax.grad(lambda *x: jnp.sum(jnp.sin(run(*x))), (0, 1, 2)))(*inputs)
 
-    run = functools.partial(ops.hyper_attention, rng=KEY, **SMALL)
+    run = functools.partial(hyper_attention, rng=KEY, **SMALL)
     right = gradients()
 
     def merge_detached(*parts):

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from compiled import ops
 
+from lcattn.ops import linear_attention
 from lcattn.ops.linear_attention import features
 from lcattn.testing.conformance.compare import assert_close
 
@@ -215,4 +216,4 @@ def test_bad_arguments_are_named(no_type_hook, qkv):
     }  # fmt: skip
     for message, (arrays, options) in bad.items():
         with pytest.raises(ValueError, match=message):
-            ops.linear_attention(*arrays, **options)
+            linear_attention(*arrays, **options)

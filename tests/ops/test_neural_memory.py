@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from compiled import ops
 
+from lcattn.ops import neural_memory
 from lcattn.ops.neural_memory.windows import lay_out
 from lcattn.testing.conformance.compare import assert_close, assert_finite
 
@@ -243,7 +244,7 @@ def test_bad_input(change, words):
         if isinstance(value, float):
             change = {name: np.full((2, 3, 2), value)}
     with pytest.raises(ValueError, match=words):
-        ops.neural_memory(**jax.tree.map(jnp.asarray, arguments) | change)
+        neural_memory(**jax.tree.map(jnp.asarray, arguments) | change)
 
 
 @pytest.mark.usefixtures("no_type_hook")

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from compiled import ops
 
+from lcattn.ops import softmax_attention
 from lcattn.testing.conformance.compare import assert_close
 
 B, T, N, K, H = 2, 21, 4, 2, 8
@@ -140,4 +141,4 @@ def test_bad_arguments_are_named(no_type_hook, qkv):
     }  # fmt: skip
     for message, (arrays, options) in bad.items():
         with pytest.raises(ValueError, match=message):
-            ops.softmax_attention(*arrays, **options)
+            softmax_attention(*arrays, **options)

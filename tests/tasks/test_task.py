@@ -10,6 +10,8 @@ from lcattn.tasks import (
     DataConfig,
     MQARConfig,
     MQARTaskConfig,
+    NeedleConfig,
+    NeedleTaskConfig,
     Task,
     TextFolderConfig,
     TextTaskConfig,
@@ -74,6 +76,33 @@ def test_the_published_task_runs_from_easy_to_hard():
     batch = next(task.train())
     assert batch["tokens"].shape == (256, 64)
     assert list(task.slices)[-1] == "length_1024_pairs_256"
+
+
+def test_needle_task():
+    config = NeedleTaskConfig(
+        train=(NeedleConfig(length=16, num_examples=32), NeedleConfig(length=24, num_examples=32)),
+        lengths=(16, 32), depths=(0, 100), eval_examples=10, data=DataConfig(batch_size=8),
+    )  # fmt: skip
+    task = config.make()
+    assert isinstance(task, Task)
+    assert task.metrics == ("loss", "accuracy", "exact_match")
+    iterator = task.train()
+    lengths = {next(iterator)["tokens"].shape[1] for _ in range(8)}
+    iterator.close()
+    assert lengths == {16, 24}
+    evaluation = task.evaluation()
+    assert set(evaluation) == set(task.slices)
+    assert task.slices["length_32_depth_100"] == {"length": 32, "depth": 100}
+    for name, batches in evaluation.items():
+        assert batches[0]["tokens"].shape == (8, task.slices[name]["length"])
+        # The needle stands first or directly before the question.
+        places = np.argmax(batches[0]["tokens"] == 1, axis=1)
+        assert set(places) == {0 if task.slices[name]["depth"] == 0 else places[0]}
+        check_batch(batches[0], task.vocab_size)
+    with pytest.raises(ValueError, match=r"NeedleTaskConfig\.train: expected at least one"):
+        config.replace(train=())
+    with pytest.raises(ValueError, match=r"NeedleTaskConfig\.train: expected one vocab_size"):
+        config.replace(train=(*config.train, NeedleConfig(length=16, vocab_size=64)))
 
 
 def test_text_task(text_config):

@@ -4,6 +4,7 @@ import signal
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 from toy import Batches, ToyConfig, ToyTask
 
 from lcattn.training import (
@@ -74,6 +75,27 @@ def iter_nothing():
             raise AssertionError("trains again")
 
     return Nothing()
+
+
+def test_a_run_starts_from_a_given_model(tmp_path):
+    model = ToyConfig(dropout=0.1)  # which keeps a random key beside its parameters
+    first = jax.device_put(model.make(nnx.Rngs(7)), jax.devices()[0])  # the run is on all
+    head = np.asarray(first.head[...])
+    config = CONFIG.replace(num_steps=1, optimizer=OptimizerConfig(learning_rate=1e-6))
+    result = train(ToyTask(), model, config, tmp_path / "run", initial=first)
+    np.testing.assert_allclose(result.model.head[...], head, atol=1e-5)
+    np.testing.assert_array_equal(first.head[...], head)
+
+    again = train(ToyTask(), model, config, tmp_path / "run", initial=first)
+    np.testing.assert_array_equal(again.model.head[...], result.model.head[...])
+    for other in (None, result.model):
+        with pytest.raises(ConfigMismatchError, match="initial: checkpoint '"):
+            train(ToyTask(), model, config, tmp_path / "run", initial=other)
+    wide = model.replace(width=32).make(nnx.Rngs(7))
+    with pytest.raises(
+        ValueError, match=r"initial.*: expected float32\[.*16.*\], got float32\[.*32"
+    ):
+        train(ToyTask(), model, config, tmp_path / "other", initial=wide)
 
 
 def test_stops_when_all_thresholds_are_met(tmp_path):

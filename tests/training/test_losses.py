@@ -32,6 +32,14 @@ def test_sums_equal_a_loop_in_float64():
     )
 
 
+def test_a_row_is_exact_if_all_that_counts_is_right():
+    targets = jnp.array([[1, 2, 3], [1, 2, 3], [1, 2, 3], [1, 2, 3]])
+    predictions = jnp.array([[1, 2, 0], [1, 0, 3], [1, 2, 3], [1, 2, 3]])
+    weights = jnp.array([[1.0, 1, 0], [1, 1, 0], [0, 0, 0], [2, 0.5, 1]])
+    sums = cross_entropy(jax.nn.one_hot(predictions, 4), targets, weights)
+    assert (sums.rows, sums.exact) == (3, 2)
+
+
 def test_float32_sums_whatever_the_dtype_of_the_logits():
     sums = cross_entropy(*make_inputs(jnp.bfloat16))
     assert {leaf.dtype for leaf in jax.tree.leaves(sums)} == {jnp.dtype(jnp.float32)}
