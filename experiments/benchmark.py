@@ -207,14 +207,18 @@ def report(results: Mapping[str, Any]) -> Report:
     ]
     for kind in dict.fromkeys(row["pass"] for row in rows):
         blocks.append(_times_table(results["op"], kind, [r for r in rows if r["pass"] == kind]))
-    baselines = results.get("baselines", ())
-    if baselines:
-        blocks.append(beside(rows, baselines))
-    crossovers = list(_crossovers(rows, baselines))
-    if crossovers:
-        header = ("pass", "from about T", "is faster", "than")
-        blocks.append(Table(title="Crossovers", header=header, rows=crossovers))
+    blocks += comparisons(results)
     return Report(title=f"Benchmark of {results['op']}", blocks=[*blocks, *_plots(rows)])
+
+
+def comparisons(results: Mapping[str, Any]) -> list[Table]:
+    """How implementations compare with the baselines, and where one overtakes another."""
+    rows, baselines = results["rows"], results.get("baselines", ())
+    tables = [beside(rows, baselines)] if baselines else []
+    if crossovers := list(_crossovers(rows, baselines)):
+        header = ("pass", "from about T", "is faster", "than")
+        tables.append(Table(title="Crossovers", header=header, rows=crossovers))
+    return tables
 
 
 def longest(results: Mapping[str, Any]) -> list[list[Any]]:

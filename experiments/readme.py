@@ -139,7 +139,12 @@ def benchmarks() -> str:
         records = [_load(path) for path in sorted(device.glob("*.json"))]
         records = [record for record in records if record.get("script") == "benchmark"]
         if records:
-            parts.append(_benchmark_table(records).markdown())
+            parts.append(
+                _benchmark_table([r for r in records if not r.get("baselines")]).markdown()
+            )
+            for record in records:
+                if record.get("baselines"):
+                    parts += [table.markdown() for table in benchmark.comparisons(record)]
             parts.append(describe_environment(records[0]["environment"]))
     return "\n\n".join(parts)
 
