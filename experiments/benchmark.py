@@ -217,7 +217,7 @@ def comparisons(results: Mapping[str, Any]) -> list[Table]:
     tables = [beside(rows, baselines)] if baselines else []
     if crossovers := list(_crossovers(rows, baselines)):
         header = ("pass", "from about T", "is faster", "than")
-        tables.append(Table(title="Crossovers", header=header, rows=crossovers))
+        tables.append(Table(title=f"{results['op']}: crossovers", header=header, rows=crossovers))
     return tables
 
 
@@ -298,7 +298,7 @@ def beside(rows: list[dict[str, Any]], baselines: Sequence[str]) -> Table:
         table.append(cells)
     header = ["implementation", "pass", "T"]
     header += [f"{what} / {name}" for name in baselines for what in ("time", "memory")]
-    return Table(title="Shares of the baselines", header=header, rows=table)
+    return Table(title="Shares of the baselines, at the longest T", header=header, rows=table)
 
 
 def _crossovers(

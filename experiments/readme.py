@@ -143,8 +143,7 @@ def benchmarks() -> str:
                 _benchmark_table([r for r in records if not r.get("baselines")]).markdown()
             )
             for record in records:
-                if record.get("baselines"):
-                    parts += [table.markdown() for table in benchmark.comparisons(record)]
+                parts += [table.markdown() for table in benchmark.comparisons(record)]
             parts.append(describe_environment(records[0]["environment"]))
     return "\n\n".join(parts)
 
