@@ -281,24 +281,26 @@ def _growth(rows: list[dict[str, Any]]) -> dict[tuple[str, int], float]:
 
 
 def beside(rows: list[dict[str, Any]], baselines: Sequence[str]) -> Table:
-    """Time and memory of each implementation as shares of each baseline's, at its longest T."""
-    found = {(row["implementation"], row["length"], row["pass"]): row for row in rows}
-    longest = {
-        (name, kind): max(T for n, T, k in found if (n, k) == (name, kind))
-        for name, kind in dict.fromkeys((name, kind) for name, _, kind in found)
+    """Time and memory as shares of each baseline's, at the longest T that all of them reach."""
+    timed = {
+        (row["implementation"], row["length"], row["pass"]): row for row in rows if "ms" in row
     }
     table = []
-    for (name, kind), length in longest.items():
-        row, cells = found[name, length, kind], [name, kind, length]
-        for baseline in baselines:
-            other = found.get((baseline, length, kind), {})
-            for figure in (_time, _memory):
-                ours, theirs = figure(row), figure(other)
-                cells.append(ours / theirs if ours and theirs else None)
-        table.append(cells)
+    for kind in dict.fromkeys(row["pass"] for row in rows):
+        reached = [{T for name, T, k in timed if (name, k) == (b, kind)} for b in baselines]
+        length = max(set.intersection(*reached), default=None)
+        for name in dict.fromkeys(row["implementation"] for row in rows):
+            if (row := timed.get((name, length, kind))) is None:
+                continue
+            cells = [name, kind, length]
+            for baseline in baselines:
+                for figure in (_time, _memory):
+                    ours, theirs = figure(row), figure(timed[baseline, length, kind])
+                    cells.append(ours / theirs if ours and theirs else None)
+            table.append(cells)
     header = ["implementation", "pass", "T"]
     header += [f"{what} / {name}" for name in baselines for what in ("time", "memory")]
-    return Table(title="Shares of the baselines, at the longest T", header=header, rows=table)
+    return Table(title="Shares of the baselines", header=header, rows=table)
 
 
 def _crossovers(

@@ -150,9 +150,9 @@ def test_others_are_set_beside_the_baselines():
     ours = [_row("ours", T, 1.0 * T, temp_bytes=200 * T) for T in (16, 32)]
     rows = exact + dense + ours
     assert driver.beside(rows, ("exact", "dense")).rows == [
-        ["exact", "forward", 32, 1.0, 1.0, None, None],
+        ["exact", "forward", 16, 1.0, 1.0, 32.0, 0.25],
         ["dense", "forward", 16, 2.0 / 64, 4.0, 1.0, 1.0],
-        ["ours", "forward", 32, 0.25, 2.0, None, None],
+        ["ours", "forward", 16, 0.25, 2.0, 8.0, 0.5],
     ]
     # Ahead of the first baseline all along: from the shortest length on. Others do not count.
     found = list(driver._crossovers(rows, ("exact", "dense")))
