@@ -12,7 +12,7 @@ from jax import lax
 from lcattn import ops
 from lcattn.nn.heads import HeadsConfig, HeadsMixer
 from lcattn.nn.layers import rms_norm
-from lcattn.nn.mixer import check_stream, default_positions
+from lcattn.nn.mixer import check_stream, default_positions, stream_positions
 from lcattn.ops import checks
 from lcattn.typing import Array, Float, Hidden, Int, Positions, SegmentIds
 
@@ -137,8 +137,3 @@ class CachedAttention[C: AttentionConfig](AttentionMixer[C]):
         v = lax.dynamic_update_slice_in_dim(state.v, v.astype(state.v.dtype), state.length, axis=1)
         out = self._attend(q, k.astype(q.dtype), v.astype(q.dtype), query_position=state.length)
         return jnp.where(end > slots, jnp.nan, out), k, v
-
-
-def stream_positions(x: Hidden, length: Array) -> Positions:
-    """Positions of new tokens, after `length` others."""
-    return jnp.broadcast_to(length + jnp.arange(x.shape[1], dtype=jnp.int32), x.shape[:2])

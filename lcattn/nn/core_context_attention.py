@@ -6,8 +6,8 @@ from typing import Any, override
 from flax import nnx
 
 from lcattn import ops
-from lcattn.nn.attention import AttentionConfig, AttentionMixer, stream_positions
-from lcattn.nn.mixer import check_stream
+from lcattn.nn.attention import AttentionConfig, AttentionMixer
+from lcattn.nn.mixer import check_stream, stream_positions
 from lcattn.ops import CoreContextState
 from lcattn.traits import Traits
 from lcattn.typing import Array, Hidden

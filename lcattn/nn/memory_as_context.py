@@ -8,10 +8,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from lcattn.nn.attention import stream_positions
 from lcattn.nn.layers import merge_heads, projection, rms_norm, split_heads
 from lcattn.nn.memory_hybrids import HybridConfig, HybridMixer
-from lcattn.nn.mixer import check_stream, default_positions
+from lcattn.nn.mixer import check_stream, default_positions, stream_positions
 from lcattn.nn.neural_memory import NeuralMemoryConfig
 from lcattn.nn.persistent_attention import PersistentAttentionConfig
 from lcattn.ops import NeuralMemoryState

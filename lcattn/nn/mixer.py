@@ -100,4 +100,9 @@ def default_positions(x: Hidden, segment_ids: SegmentIds | None) -> Positions:
     """Positions counted from 0 in each document."""
     if segment_ids is not None:
         return segment_positions(segment_ids)
-    return jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.int32), x.shape[:2])
+    return stream_positions(x, 0)
+
+
+def stream_positions(x: Hidden, length: Array | int) -> Positions:
+    """Positions of new tokens, after `length` others."""
+    return jnp.broadcast_to(length + jnp.arange(x.shape[1], dtype=jnp.int32), x.shape[:2])

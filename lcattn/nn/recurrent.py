@@ -11,7 +11,7 @@ from flax import nnx
 from lcattn import ops
 from lcattn.nn.heads import HeadsConfig, HeadsMixer
 from lcattn.nn.layers import convolution_taps, merge_heads, projection, rms_norm
-from lcattn.nn.mixer import check_stream, default_positions
+from lcattn.nn.mixer import check_stream, default_positions, stream_positions
 from lcattn.traits import Traits
 from lcattn.typing import Array, Float, Hidden, Int, Positions, SegmentIds
 
@@ -131,9 +131,7 @@ class RecurrentMixer[C: RecurrentConfig](HeadsMixer[C]):
     def extend(self, x: Hidden, state: RecurrentState) -> tuple[Hidden, RecurrentState]:
         """Continues each stream."""
         check_stream(x, state.inputs)
-        positions = jnp.broadcast_to(
-            state.length + jnp.arange(x.shape[1], dtype=jnp.int32), x.shape[:2]
-        )
+        positions = stream_positions(x, state.length)
         q, k, v, inputs = self._heads(x, initial_state=state.inputs)
         heads, memory = self.recur(
             x, q, k, v, positions, initial_state=state.memory, **self._options

@@ -9,10 +9,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from lcattn import ops
-from lcattn.nn.attention import AttentionConfig, KeyValueCache, stream_positions
+from lcattn.nn.attention import AttentionConfig, KeyValueCache
 from lcattn.nn.auxiliary import AuxiliaryLoss
 from lcattn.nn.layers import merge_heads, projection, split_heads
-from lcattn.nn.mixer import Mixer, check_stream, default_positions
+from lcattn.nn.mixer import Mixer, check_stream, default_positions, stream_positions
 from lcattn.nn.softmax_attention import SoftmaxAttentionConfig
 from lcattn.ops import RoutingAttentionState
 from lcattn.ops.routing_attention import clusters
