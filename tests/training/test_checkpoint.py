@@ -19,7 +19,6 @@ from lcattn.training import (
 from lcattn.training.checkpoint import Checkpointer, differences, digests
 from lcattn.training.state import abstract_model, abstract_state, init_state
 
-
 CONFIG = ToyConfig(dropout=0.1, width=64)
 CONFIGS = {"model": CONFIG.to_dict(), "train": {"seed": 0}}
 META = {"finished": False, "latest": {"loss": 1 / 3}, "data": {"index": 2**60}}
