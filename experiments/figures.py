@@ -114,6 +114,11 @@ class Figure:
     panels: Sequence[Panel | HeatMap]
     max_columns: int = 4
 
+    @property
+    def file(self) -> str:
+        """The name of its file."""
+        return f"{self.name}.png"
+
     def save(self, folder: Path) -> Path:
         """Draws the figure into `folder` and returns the file."""
         curves = [panel for panel in self.panels if isinstance(panel, Panel)]
@@ -139,7 +144,7 @@ class Figure:
                 _add_legend(canvas)
             if colors:
                 _add_color_bar(canvas, colors, self.panels)
-            path = folder / f"{self.name}.png"
+            path = folder / self.file
             canvas.savefig(path)
         return path
 
