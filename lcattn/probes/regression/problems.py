@@ -1,6 +1,7 @@
 """What is trained: a model that predicts the query's label, and what is recorded of it."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any, override
 
@@ -10,10 +11,10 @@ from lcattn.config import Config
 from lcattn.nn import auxiliary_loss
 from lcattn.probes.regression.alignment import Predictor, alignment, half_mse, sensitivity
 from lcattn.probes.regression.descent import DescentConfig, evaluation_key
-from lcattn.tasks.regression import RegressionTask
+from lcattn.tasks.regression import Regression, RegressionTask
 from lcattn.training import ModelProblem
 from lcattn.training.state import ModelDef, Tree
-from lcattn.typing import Array, PRNGKeyArray
+from lcattn.typing import Array, Float, PRNGKeyArray
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -70,11 +71,9 @@ class RegressionProblem(ModelProblem):
 
         return predict
 
-    def losses(
-        self, params: Tree, model_state: Tree, task: RegressionTask, count: int = 2000
-    ) -> Array:
-        """The loss of every seed on another task, `[S]`, on rows that are always the same."""
-        batch = task.sample(evaluation_key(), count)
+    @functools.partial(jax.jit, static_argnums=0)
+    def losses(self, params: Tree, model_state: Tree, batch: Regression) -> Float[Array, "S"]:
+        """The loss of every seed on given rows, which may be of another task."""
 
         def one(params: Tree, model_state: Tree) -> Array:
             return half_mse(self.predictor(params, model_state)(batch.tokens()), batch.target)

@@ -114,7 +114,7 @@ def predict(
 
 
 def roll_out(
-    layer: LSAWeights, tokens: Float[Array, "B T E"], steps: int, damping: float = 1.0
+    layer: LSAWeights, tokens: Float[Array, "B T E"], steps: int, damping: float | Array = 1.0
 ) -> Float[Array, "steps B"]:
     """The predictions of one layer applied again and again, only labels being updated.
 

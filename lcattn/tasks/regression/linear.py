@@ -29,7 +29,7 @@ class LinearRegressionConfig(RegressionTask):
       teacher_scale: w is multiplied by it.
       label_noise: standard deviation of the noise on labels; the target has none.
       num_corrupted: labels in a row, at random places, that are replaced by N(0, 1).
-      covariance: rows of Σ, positive definite, by whose symmetric root inputs are multiplied. None: I.
+      covariance: rows of Σ, positive definite; its symmetric root multiplies inputs. None: I.
       teacher_covariance: the same for w, which is normal.
     """
 
@@ -82,17 +82,22 @@ class LinearRegressionConfig(RegressionTask):
         return Regression(x[:, :-1], y, x[:, -1], values[:, -1])
 
 
-def random_covariance(dim: int, seed: int, condition: float = 10.0) -> Matrix:
+def random_covariance(
+    dim: int, seed: int = 0, condition: float = 10.0, inverse: bool = False
+) -> Matrix:
     """A random positive definite matrix of trace `dim`.
 
     Args:
       dim: its size.
       seed: of its axes, uniform among rotations.
       condition: largest over smallest eigenvalue; eigenvalues are spread evenly in the logarithm.
+      inverse: its inverse instead.
     """
     axes, _ = np.linalg.qr(np.random.default_rng(seed).normal(size=(dim, dim)))
     eigenvalues = np.geomspace(1.0, condition, dim)
     eigenvalues *= dim / eigenvalues.sum()
+    if inverse:
+        eigenvalues = 1 / eigenvalues
     matrix = (axes * eigenvalues) @ axes.T
     return tuple(tuple(row) for row in ((matrix + matrix.T) / 2).tolist())
 
