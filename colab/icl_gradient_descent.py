@@ -76,7 +76,7 @@ problem = probes.RegressionProblem(
     eval_size=1000,
 )
 run = training.SeedsConfig(
-    num_steps=600,
+    num_steps=500,
     num_seeds=3,
     eval_every=50,
     optimizer=training.OptimizerConfig(
@@ -162,14 +162,11 @@ plt.show()
 # ## 6. Any mechanism
 #
 # The probe needs predictions and gradients alone, so any mixer of the library can take the layer's
-# place, between a linear embedding and a linear read-out. Here are three, briefly;
+# place, between a linear embedding and a linear read-out. Here are two, briefly;
 # `experiments.icl_mixers` trains all of them.
 
 # %%
 mixers = {
-    "linear": nn.LinearAttentionConfig(
-        num_heads=1, feature_dim=16, feature_map="identity", output_norm=False
-    ),
     "softmax": nn.SoftmaxAttentionConfig(num_heads=2, position_encoding="nope"),
     "convolution": nn.ShortConvolutionConfig(kernel_size=11),
 }
