@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -78,7 +78,7 @@ class Panel:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class HeatMap:
-    """A grid of numbers between two limits, each written into its cell.
+    """A grid of numbers between two limits.
 
     Attributes:
       xlabel, ylabel: with the unit.
@@ -86,6 +86,7 @@ class HeatMap:
       values: `[row][column]`. None: an empty cell.
       limits: the numbers of the first and the last colour.
       label: what the numbers are, for the colour bar that all heat maps of a figure share.
+      numbers: write each number into its cell.
     """
 
     xlabel: str
@@ -96,6 +97,28 @@ class HeatMap:
     title: str = ""
     limits: tuple[float, float] = (0.0, 1.0)
     label: str = ""
+    numbers: bool = True
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Bars:
+    """A number for each of many names, as horizontal bars from the top.
+
+    Attributes:
+      xlabel: with the unit.
+      names, values: what the bars are and how long.
+      margins: half the width of the interval around each value, drawn as a whisker.
+      levels: values to compare with by name, drawn as lines across the bars.
+      limits: of the axis.
+    """
+
+    xlabel: str
+    names: Sequence[str]
+    values: Sequence[float]
+    margins: Sequence[float]
+    title: str = ""
+    levels: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    limits: tuple[float, float] | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -111,7 +134,7 @@ class Figure:
 
     name: str
     caption: str
-    panels: Sequence[Panel | HeatMap]
+    panels: Sequence[Panel | HeatMap | Bars]
     max_columns: int = 4
 
     @property
@@ -128,6 +151,9 @@ class Figure:
         rows = math.ceil(len(self.panels) / columns)
         named = any(panel.direct_labels for panel in curves)
         width, height = (7.2, 5.0) if named else (4.6, 3.6) if curves else (3.2, 2.6)
+        bars = [len(panel.names) for panel in self.panels if isinstance(panel, Bars)]
+        if bars:
+            width, height = 6.2, max(height, 1.2 + 0.24 * max(bars))
         with mpl.rc_context(_STYLE):
             canvas = Canvas(figsize=(width * columns, height * rows))
             grid = canvas.subplots(rows, columns, squeeze=False).flat
@@ -138,6 +164,8 @@ class Figure:
                         _draw(axes, panel, looks)
                     case HeatMap():
                         colors[axes] = _draw_grid(axes, panel)
+                    case Bars():
+                        _draw_bars(axes, panel)
                     case _:
                         axes.set_axis_off()
             if labels and not named:
@@ -167,7 +195,7 @@ def _add_legend(canvas: Canvas) -> None:
 
 
 def _add_color_bar(
-    canvas: Canvas, colors: dict[Axes, AxesImage], panels: Sequence[Panel | HeatMap]
+    canvas: Canvas, colors: dict[Axes, AxesImage], panels: Sequence[Panel | HeatMap | Bars]
 ) -> None:
     scales = {(p.label, p.limits) for p in panels if isinstance(p, HeatMap)}
     if len(scales) > 1:
@@ -249,6 +277,8 @@ def _draw_grid(axes: Axes, panel: HeatMap) -> AxesImage:
     axes.set_xticks(range(len(panel.columns)), panel.columns)
     axes.set_yticks(range(len(panel.rows)), panel.rows)
     axes.set(xlabel=panel.xlabel, ylabel=panel.ylabel, title=panel.title)
+    if not panel.numbers:
+        return image
     for y, row in enumerate(panel.values):
         for x, value in enumerate(row):
             if value is not None:
@@ -258,6 +288,26 @@ def _draw_grid(axes: Axes, panel: HeatMap) -> AxesImage:
                     color="white" if dark else "black",
                 )  # fmt: skip
     return image
+
+
+def _draw_bars(axes: Axes, panel: Bars) -> None:
+    places = range(len(panel.names))
+    axes.barh(
+        places, panel.values, xerr=panel.margins, color=PALETTE[0], alpha=0.75,
+        error_kw={"elinewidth": 1, "capsize": 2},
+    )  # fmt: skip
+    axes.set_yticks(places, panel.names)
+    axes.invert_yaxis()
+    axes.grid(visible=False, axis="y")
+    if panel.limits is not None:
+        axes.set_xlim(panel.limits)
+    for color, (name, value) in zip(itertools.cycle(PALETTE[1:]), panel.levels.items()):
+        axes.axvline(value, color=color, linestyle="--", linewidth=1)
+        axes.annotate(
+            f"{name} ", xy=(value, 1.0), xycoords=("data", "axes fraction"), rotation=30,
+            ha="left", va="bottom", fontsize=7, color=color, annotation_clip=False,
+        )  # fmt: skip
+    axes.set(xlabel=panel.xlabel, title=panel.title)
 
 
 def _scale(axes: Axes, axis: Literal["x", "y"], scale: str) -> None:

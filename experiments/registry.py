@@ -3,10 +3,12 @@
 Everything that a .gin file may build is listed here and nowhere else.
 """
 
-from experiments import benchmarks
+from experiments import benchmarks, regression
 from experiments.benchmarks.measure import TimingConfig
 from experiments.gin_config import register
 from lcattn import models, nn, tasks, training
+from lcattn.probes import regression as regression_probes
+from lcattn.tasks import regression as regression_tasks
 
 CONFIGURABLES = (
     models.LMConfig,
@@ -42,7 +44,20 @@ CONFIGURABLES = (
     tasks.standard_library,
     training.MeshConfig,
     training.OptimizerConfig,
+    training.SeedsConfig,
     training.TrainConfig,
+    regression_tasks.LinearRegressionConfig,
+    regression_tasks.NetworkRegressionConfig,
+    regression_tasks.SineRegressionConfig,
+    regression_tasks.random_covariance,
+    regression_probes.DescentConfig,
+    regression_probes.LSAConfig,
+    regression_probes.StreamRegressorConfig,
+    regression.AlgorithmStudy,
+    regression.DescentStudy,
+    regression.MechanismStudy,
+    regression.OptimumStudy,
+    regression.RepresentationStudy,
     TimingConfig,
     benchmarks.GatedDeltaRuleBenchmark,
     benchmarks.GatedLinearAttentionBenchmark,
