@@ -27,6 +27,7 @@ CONFIGURABLES = (
     nn.RoutingAttentionConfig,
     nn.SelectiveAttentionConfig,
     nn.ShortConvolutionConfig,
+    nn.SmearedAttentionConfig,
     nn.SoftmaxAttentionConfig,
     nn.SoftplusAttentionConfig,
     tasks.CorpusConfig,

@@ -176,19 +176,33 @@ class LM(nnx.Module):
         Returns:
           Logits `[B,T,V]` in float32, or those and the intermediates.
         """
-        self._check(tokens)
-        h = self._embed(tokens)
+        h = self.embed(tokens)
         if rng is not None and self.config.dropout:
             kept = jax.random.bernoulli(rng, 1 - self.config.dropout, h.shape)
             h = jnp.where(kept, h / (1 - self.config.dropout), 0)
-        captured = {"embedding": h}
+        logits, captured = self.score(h, segment_ids, positions)
+        return (logits, captured) if capture else logits
+
+    def embed(self, tokens: Tokens) -> Hidden:
+        """Where the stream starts, `[B,T,D]` in float32."""
+        self._check(tokens)
+        return self.embedding.embedding[...][tokens].astype(jnp.float32)
+
+    def score(
+        self,
+        embeddings: Hidden,
+        segment_ids: SegmentIds | None = None,
+        positions: Positions | None = None,
+    ) -> tuple[Logits, dict[str, Array]]:
+        """The model after its embedding: logits and intermediates, as named by `capture`."""
+        h, captured = embeddings, {"embedding": embeddings}
         run = nnx.remat(Block.__call__) if self.config.remat else Block.__call__
         for i, block in enumerate(self.blocks):
             h, added = run(block, h, segment_ids, positions)
             captured |= {f"block_{i}/{name}": value for name, value in added.items()}
             captured[f"block_{i}"] = h
         logits, captured["norm"] = self._head(h)
-        return (logits, captured) if capture else logits
+        return logits, captured
 
     def init_state(self, batch_size: int, max_length: int, dtype: Any = None) -> LMState:
         """The state before the first token; see `lcattn.nn.Mixer.init_state`."""
@@ -197,10 +211,9 @@ class LM(nnx.Module):
 
     def extend(self, tokens: Tokens, state: LMState) -> tuple[Logits, LMState]:
         """Continues each stream by `[B,T]` tokens; cut as you like, the logits are the same."""
-        self._check(tokens)
         if len(state.layers) != len(self.blocks):
             raise argument_error("state", f"{len(self.blocks)} layers", len(state.layers))
-        h, layers = self._embed(tokens), []
+        h, layers = self.embed(tokens), []
         for block, layer in zip(self.blocks, state.layers, strict=True):
             h, layer = block.extend(h, layer)
             layers.append(layer)
@@ -215,9 +228,6 @@ class LM(nnx.Module):
             raise argument_error("tokens", "2 axes [B,T] with T > 0", f"shape {tokens.shape}")
         if not jnp.issubdtype(tokens.dtype, jnp.integer):
             raise argument_error("tokens", "an integer dtype", tokens.dtype)
-
-    def _embed(self, tokens: Tokens) -> Hidden:
-        return self.embedding.embedding[...][tokens].astype(jnp.float32)
 
     def _head(self, h: Hidden) -> tuple[Logits, Hidden]:
         h = self.norm(h)
