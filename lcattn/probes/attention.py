@@ -146,14 +146,12 @@ def k_composition(model: LM, early: int, late: int) -> Float[Array, "N N"]:
 def _shifted(copies: Bool[Array, "B T T"], offset: int) -> Bool[Array, "B T T"]:
     """The places `offset` after those marked in each row, none of them after the reader."""
     T = copies.shape[-1]
-    places: Int[Array, "T"] = jnp.arange(T) - offset
+    places: Int[Array, T] = jnp.arange(T) - offset
     shifted = jnp.where((places >= 0) & (places < T), copies[..., places % T], False)
     return shifted & jnp.tri(T, dtype=bool)
 
 
-def _mass(
-    maps: Maps, places: Bool[Array, "B T T"], rows: Bool[Array, "B T"]
-) -> HeadScores:
+def _mass(maps: Maps, places: Bool[Array, "B T T"], rows: Bool[Array, "B T"]) -> HeadScores:
     """Attention to the marked places, averaged over the marked rows."""
     mass = jnp.einsum("bnts,bts->bnt", maps.astype(jnp.float32), places.astype(jnp.float32))
     count = rows.sum().astype(jnp.float32)

@@ -76,7 +76,7 @@ def occlusion(
     token j replaced by a random other one; 0 where j > i. The mean over rows; i < T - 1. Costs T
     forward passes.
     """
-    B, T = tokens.shape
+    T = tokens.shape[1]
     answers = tokens[:, 1:]
     before = token_losses(score(tokens)[:, :-1], answers)
 
@@ -200,7 +200,7 @@ def by_role(attribution: Float[Array, "t T"], period: int) -> Roles:
 
 
 def _check_period(tokens: Tokens, period: int, what: str, needed: int) -> None:
-    if not 2 <= period or tokens.shape[1] < needed:
+    if not period >= 2 or tokens.shape[1] < needed:
         expected = f"2 or more, and {what} in {tokens.shape[1]} tokens"
         raise argument_error("period", expected, period)
 

@@ -17,7 +17,9 @@ from lcattn.training.state import Tree
 from lcattn.training.step import Batch
 from lcattn.typing import Array, Float, PRNGKeyArray
 
-_ROWS, _BLOCKS, _PAIRS, _SAMPLES, _CHOICE = (jax.random.fold_in(jax.random.key(0), i) for i in range(5))
+_ROWS, _BLOCKS, _PAIRS, _SAMPLES, _CHOICE = (
+    jax.random.fold_in(jax.random.key(0), i) for i in range(5)
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

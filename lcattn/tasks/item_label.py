@@ -165,12 +165,20 @@ class ItemLabelConfig(Config):
         chosen = bursts[jax.random.randint(target_key, (), 0, N)]
         candidate = jnp.where(is_bursty, jnp.append(bursts, chosen), jnp.arange(N + 1))
 
-        alone = jax.random.categorical(alone_key, self._log_law, shape=(N + 1,))
-        known = jnp.where(is_bursty, alone.at[: self.num_bursts].set(self._burst(bursty_key)), alone)
-        mean_key, label_key = jax.random.split(fresh_key)
-        new_means = jax.random.normal(mean_key, (N + 1, D)) * D**-0.5
-        means = jnp.where(is_fresh, new_means, world.classes[known])
-        labels = jnp.where(is_fresh, self._fresh_labels(label_key), known % L)
+        # What has no share is not drawn: random numbers are most of the work.
+        known = jnp.zeros(N + 1, jnp.int32)
+        if self.bursty < 1:
+            known = jax.random.categorical(alone_key, self._log_law, shape=(N + 1,))
+        if self.bursty > 0 and self.fresh < 1:
+            burst = known.at[: self.num_bursts].set(self._burst(bursty_key))
+            known = jnp.where(is_bursty, burst, known)
+        means, labels, identity = world.classes[known], known % L, known
+        if self.fresh > 0:
+            mean_key, label_key = jax.random.split(fresh_key)
+            new_means = jax.random.normal(mean_key, (N + 1, D)) * D**-0.5
+            means = jnp.where(is_fresh, new_means, means)
+            labels = jnp.where(is_fresh, self._fresh_labels(label_key), labels)
+            identity = jnp.where(is_fresh, jnp.arange(N + 1), identity)
         labels = (labels + label_shift) % L
 
         spread = self.noise * D**-0.5 * jax.random.normal(noise_key, (N + 1, D))
@@ -180,8 +188,8 @@ class ItemLabelConfig(Config):
         content = jnp.concatenate([pairs, items[N:]])
         start = jax.random.randint(place_key, (), 0, 2 * (self.max_items - N) + 1)
         places = jax.nn.one_hot(start + jnp.arange(2 * N + 1), self.num_places)
-        # Two fresh candidates are never the same; two known ones may be, where drawn alone.
-        identity = jnp.where(is_fresh, jnp.arange(N + 1), known)[candidate]
+        # Two fresh candidates are never of one class; two known ones may be, where drawn alone.
+        identity = identity[candidate]
         return Sequences(
             tokens=jnp.concatenate([places, content], axis=-1),
             labels=shown[:N],

@@ -91,10 +91,11 @@ class TwoParameterNetwork(Config):
 
     With contents c of the tokens, and each layer left with the one thing it has to learn::
 
-        first[i, j]  = softmax over j <= i of (beta1 · [j = i - 1])     u_i = sum_j first[i, j] c_j
-        second[j]    = softmax over j of (beta2 · <c_T, u_j>)           input: c_T, sum_j second[j] c_j
+        first[i, j] = softmax over j <= i of (beta1 · [j = i - 1])
+        u_i         = sum_j first[i, j] c_j
+        second[j]   = softmax over j of (beta2 · <c_T, u_j>)
 
-    both beta start at 0. The paper's abstract and reviews describe this network; its formula is
+    the MLP reads c_T and sum_j second[j] c_j. Both beta start at 0. The paper's abstract and reviews describe this network; its formula is
     reconstructed here.
 
     Attributes:
