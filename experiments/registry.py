@@ -6,7 +6,8 @@ Everything that a .gin file may build is listed here and nowhere else.
 from experiments import benchmarks
 from experiments.benchmarks.measure import TimingConfig
 from experiments.gin_config import register
-from lcattn import models, nn, tasks, training
+from lcattn import models, nn, probes, tasks, training
+from lcattn.probes import classification
 
 CONFIGURABLES = (
     models.LMConfig,
@@ -30,19 +31,27 @@ CONFIGURABLES = (
     nn.SmearedAttentionConfig,
     nn.SoftmaxAttentionConfig,
     nn.SoftplusAttentionConfig,
+    probes.InductionProblem,
+    classification.AttentionNetwork,
+    classification.ItemLabelProblem,
+    classification.TwoParameterNetwork,
     tasks.CorpusConfig,
     tasks.DataConfig,
     tasks.ExtrapolationTaskConfig,
+    tasks.ItemLabelConfig,
     tasks.MQARConfig,
     tasks.MQARTaskConfig,
     tasks.NeedleConfig,
     tasks.NeedleTaskConfig,
     tasks.PasskeyConfig,
+    tasks.RepeatedTokensConfig,
     tasks.TextFolderConfig,
     tasks.TextTaskConfig,
     tasks.standard_library,
     training.MeshConfig,
     training.OptimizerConfig,
+    training.SGDConfig,
+    training.SeedsConfig,
     training.TrainConfig,
     TimingConfig,
     benchmarks.GatedDeltaRuleBenchmark,

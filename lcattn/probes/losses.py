@@ -30,7 +30,7 @@ def in_context_score(losses: Float[Array, "*batch T"], early: int, late: int) ->
     return (losses[..., late - 1] - losses[..., early - 1]).mean()
 
 
-def loss_slope(by_position: Float[Array, "*any T"]) -> Float[Array, "*any T"]:
+def loss_slope(by_position: Float[np.ndarray, "*any T"]) -> Float[np.ndarray, "*any T"]:
     """`d loss / d log(position)`, positions counted from 1, by central differences.
 
     Negative where later tokens are still predicted better than earlier ones.
@@ -41,7 +41,9 @@ def loss_slope(by_position: Float[Array, "*any T"]) -> Float[Array, "*any T"]:
     return (by_position[..., right] - by_position[..., left]) / (logs[right] - logs[left])
 
 
-def trajectory(losses: Float[Array, "snapshots tokens"], components: int = 2) -> np.ndarray:
+def trajectory(
+    losses: Float[np.ndarray, "snapshots tokens"], components: int = 2
+) -> Float[np.ndarray, "snapshots components"]:
     """Principal components of per-token losses over training, `[snapshots, components]`.
 
     Each snapshot is the vector of losses on one fixed set of tokens. Where a model begins to do
@@ -55,7 +57,7 @@ def trajectory(losses: Float[Array, "snapshots tokens"], components: int = 2) ->
 
 
 def phase_change(
-    steps: Sequence[int], scores: Sequence[float], *, share: float = 0.5
+    steps: Sequence[int], scores: Sequence[float | int], *, share: float = 0.5
 ) -> tuple[int, int] | None:
     """The steps between which a score changed fastest.
 

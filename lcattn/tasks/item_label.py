@@ -138,7 +138,12 @@ class ItemLabelConfig(Config):
         return World(classes, jax.random.normal(label_key, (self.num_labels, D)) * D**-0.5)
 
     def draw(
-        self, key: PRNGKeyArray, world: World, batch_size: int, *, label_shift: int = 0
+        self,
+        key: PRNGKeyArray,
+        world: World,
+        batch_size: int,
+        *,
+        label_shift: int | Int[Array, ""] = 0,
     ) -> Sequences:
         """Sequences; `label_shift` is added to every label, mod L, against what was learned."""
 
@@ -147,7 +152,7 @@ class ItemLabelConfig(Config):
 
         return jax.vmap(one)(jax.random.split(key, batch_size))
 
-    def _sequence(self, key: PRNGKeyArray, world: World, label_shift: int) -> Sequences:
+    def _sequence(self, key: PRNGKeyArray, world: World, label_shift: int | Array) -> Sequences:
         kind_key, bursty_key, alone_key, fresh_key, order_key, noise_key, place_key = (
             jax.random.split(key, 7)
         )

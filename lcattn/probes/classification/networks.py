@@ -95,8 +95,8 @@ class TwoParameterNetwork(Config):
         u_i         = sum_j first[i, j] c_j
         second[j]   = softmax over j of (beta2 · <c_T, u_j>)
 
-    the MLP reads c_T and sum_j second[j] c_j. Both beta start at 0. The paper's abstract and reviews describe this network; its formula is
-    reconstructed here.
+    The MLP reads c_T and sum_j second[j] c_j. Both beta start at 0. The paper's abstract and
+    reviews describe this network; its formula is reconstructed here.
 
     Attributes:
       mlp_width: of the three ReLU layers.

@@ -70,15 +70,16 @@ def three_logit(
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _run(L: int, N: int, num_steps: int, rate: Array, start: Float[Array, "3"]) -> ThreeLogitRun:
     def model(parameters: Float[Array, "3"]) -> tuple[Array, tuple[Array, ...]]:
+        # Plain ratios of exponentials: at the origin with L = N gradients are then exactly 0, where
+        # the rounding of logarithms would push the model off the saddle.
         beta1, beta2, xi = parameters
-        first = jax.nn.sigmoid(beta1 - jnp.log(2 * N))
-        second = jax.nn.sigmoid(beta2 * first - jnp.log(N - 1))
-        right, other = xi * second, xi * (1 - second) / (N - 1)
-        terms = jnp.array([right, other + jnp.log(N - 1), _log(L - N)])
-        total = jax.nn.logsumexp(terms)
-        in_context = jnp.exp(jax.nn.logsumexp(terms[:2]) - total)
-        loss = total - right
-        return loss, (first, second, in_context, jnp.exp(-loss))
+        first = jnp.exp(beta1) / (jnp.exp(beta1) + 2 * N)
+        second = jnp.exp(beta2 * first) / (jnp.exp(beta2 * first) + N - 1)
+        right = jnp.exp(xi * second)
+        others = (N - 1) * jnp.exp(xi * (1 - second) / (N - 1))
+        total = right + others + (L - N)
+        answer = right / total
+        return -jnp.log(answer), (first, second, (right + others) / total, answer)
 
     def step(parameters: Array, _: None):
         (loss, seen), gradient = jax.value_and_grad(model, has_aux=True)(parameters)
@@ -86,8 +87,3 @@ def _run(L: int, N: int, num_steps: int, rate: Array, start: Float[Array, "3"]) 
 
     _, trace = jax.lax.scan(step, start, length=num_steps + 1)
     return ThreeLogitRun(*trace)
-
-
-def _log(count: int) -> Float[Array, ""]:
-    """The log of a count, which may be 0."""
-    return jnp.where(count > 0, jnp.log(max(count, 1)), -jnp.inf)
