@@ -62,6 +62,7 @@ class Panel:
       series: what is drawn.
       xscale, yscale: "log2" marks powers of 2 by their values.
       ylim: None fits the data.
+      shade: a stretch of x to set off from the rest. None: none.
       direct_labels: name each curve at its last point, beside the axes, where many curves make a
         legend hard to follow. The panel is then larger.
     """
@@ -73,6 +74,7 @@ class Panel:
     xscale: Literal["linear", "log", "log2"] = "linear"
     yscale: Literal["linear", "log", "log2"] = "linear"
     ylim: tuple[float, float] | None = None
+    shade: tuple[float, float] | None = None
     direct_labels: bool = False
 
 
@@ -86,7 +88,8 @@ class HeatMap:
       values: `[row][column]`. None: an empty cell.
       limits: the numbers of the first and the last colour.
       label: what the numbers are, for the colour bar that all heat maps of a figure share.
-      numbers: write each number into its cell.
+      written: write each number into its cell. Off for grids too fine to read, which also name
+        only some of their columns and rows.
     """
 
     xlabel: str
@@ -97,7 +100,7 @@ class HeatMap:
     title: str = ""
     limits: tuple[float, float] = (0.0, 1.0)
     label: str = ""
-    numbers: bool = True
+    written: bool = True
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -222,6 +225,8 @@ def _draw(axes: Axes, panel: Panel, looks: dict[str, tuple[str, str]]) -> None:
     axes.set(xlabel=panel.xlabel, ylabel=panel.ylabel, title=panel.title)
     if panel.ylim is not None:
         axes.set_ylim(panel.ylim)
+    if panel.shade is not None:
+        axes.axvspan(*panel.shade, color="black", alpha=0.08, linewidth=0)
     if panel.direct_labels:
         _name_curves(axes, panel, looks)
 
@@ -274,12 +279,10 @@ def _draw_grid(axes: Axes, panel: HeatMap) -> AxesImage:
     values = [[math.nan if v is None else v for v in row] for row in panel.values]
     image = axes.imshow(values, cmap="cividis", vmin=low, vmax=high, aspect="auto")
     axes.grid(visible=False)
-    axes.set_xticks(range(len(panel.columns)), panel.columns)
-    axes.set_yticks(range(len(panel.rows)), panel.rows)
+    axes.set_xticks(*_named(panel.columns, all_of_them=panel.written))
+    axes.set_yticks(*_named(panel.rows, all_of_them=panel.written))
     axes.set(xlabel=panel.xlabel, ylabel=panel.ylabel, title=panel.title)
-    if not panel.numbers:
-        return image
-    for y, row in enumerate(panel.values):
+    for y, row in enumerate(panel.values if panel.written else ()):
         for x, value in enumerate(row):
             if value is not None:
                 dark = value < (low + high) / 2
@@ -308,6 +311,12 @@ def _draw_bars(axes: Axes, panel: Bars) -> None:
             ha="left", va="bottom", fontsize=7, color=color, annotation_clip=False,
         )  # fmt: skip
     axes.set(xlabel=panel.xlabel, title=panel.title)
+
+
+def _named(names: Sequence[str], *, all_of_them: bool) -> tuple[range, Sequence[str]]:
+    """Where ticks stand and what they say: at most eight, unless all are asked for."""
+    step = 1 if all_of_them else math.ceil(len(names) / 8)
+    return range(0, len(names), step), names[::step]
 
 
 def _scale(axes: Axes, axis: Literal["x", "y"], scale: str) -> None:

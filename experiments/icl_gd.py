@@ -138,7 +138,7 @@ def weights(studies: Mapping[str, Any]) -> Figure:
             panels.append(
                 HeatMap(
                     title=f"{name}\n{title}", xlabel="coordinate read", ylabel="coordinate",
-                    columns=axis, rows=axis, values=values, limits=(-1.0, 1.0), numbers=False,
+                    columns=axis, rows=axis, values=values, limits=(-1.0, 1.0), written=False,
                     label="weight (beyond ±1: as ±1)",
                 )
             )  # fmt: skip

@@ -6,7 +6,8 @@ Everything that a .gin file may build is listed here and nowhere else.
 from experiments import benchmarks, regression
 from experiments.benchmarks.measure import TimingConfig
 from experiments.gin_config import register
-from lcattn import models, nn, tasks, training
+from lcattn import models, nn, probes, tasks, training
+from lcattn.probes import classification
 from lcattn.probes import regression as regression_probes
 from lcattn.tasks import regression as regression_tasks
 
@@ -29,21 +30,29 @@ CONFIGURABLES = (
     nn.RoutingAttentionConfig,
     nn.SelectiveAttentionConfig,
     nn.ShortConvolutionConfig,
+    nn.SmearedAttentionConfig,
     nn.SoftmaxAttentionConfig,
     nn.SoftplusAttentionConfig,
+    probes.InductionProblem,
+    classification.AttentionNetwork,
+    classification.ItemLabelProblem,
+    classification.TwoParameterNetwork,
     tasks.CorpusConfig,
     tasks.DataConfig,
     tasks.ExtrapolationTaskConfig,
+    tasks.ItemLabelConfig,
     tasks.MQARConfig,
     tasks.MQARTaskConfig,
     tasks.NeedleConfig,
     tasks.NeedleTaskConfig,
     tasks.PasskeyConfig,
+    tasks.RepeatedTokensConfig,
     tasks.TextFolderConfig,
     tasks.TextTaskConfig,
     tasks.standard_library,
     training.MeshConfig,
     training.OptimizerConfig,
+    training.SGDConfig,
     training.SeedsConfig,
     training.TrainConfig,
     regression_tasks.LinearRegressionConfig,

@@ -38,6 +38,7 @@ from lcattn.nn.short_convolution import (
     ShortConvolution,
     ShortConvolutionConfig,
 )
+from lcattn.nn.smeared_attention import SmearedAttention, SmearedAttentionConfig, SmearedState
 from lcattn.nn.softmax_attention import SoftmaxAttention, SoftmaxAttentionConfig
 from lcattn.nn.softplus_attention import SoftplusAttention, SoftplusAttentionConfig
 
@@ -90,6 +91,9 @@ __all__ = [
     "SelectiveAttentionConfig",
     "ShortConvolution",
     "ShortConvolutionConfig",
+    "SmearedAttention",
+    "SmearedAttentionConfig",
+    "SmearedState",
     "SoftmaxAttention",
     "SoftmaxAttentionConfig",
     "SoftplusAttention",

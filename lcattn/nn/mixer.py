@@ -13,7 +13,7 @@ from lcattn.errors import argument_error
 from lcattn.nn.layers import LayerConfig
 from lcattn.ops import segment_positions
 from lcattn.traits import Traits
-from lcattn.typing import Array, Hidden, Positions, SegmentIds
+from lcattn.typing import Array, Float, Hidden, Positions, SegmentIds
 
 State = Any
 """A registered pytree dataclass; its arrays are all that a stream remembers."""
@@ -72,6 +72,19 @@ class Mixer(nnx.Module):
     @abc.abstractmethod
     def extend(self, x: Hidden, state: State) -> tuple[Hidden, State]:
         """Continues each stream by the `T` tokens of `x`."""
+
+    def attention_map(
+        self,
+        x: Hidden,
+        segment_ids: SegmentIds | None = None,
+        positions: Positions | None = None,
+    ) -> Float[Array, "B N T T"] | None:
+        """How much of each token's value is in each head's output; None where that has no meaning.
+
+        Rows are readers. For probes: it costs T² where the mixer itself may not.
+        """
+        del x, segment_ids, positions
+        return None
 
     def state_bytes(self, length: int, dtype: Any = None) -> int:
         """Bytes of state of one stream of `length` tokens, counted from the state itself."""

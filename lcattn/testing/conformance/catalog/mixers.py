@@ -165,6 +165,10 @@ MIXERS: tuple[MixerCase, ...] = (
         )
     ),
     _variant(_selective_mixer("exp,hidden", position="exp", gate_hidden=8)),
+    MixerCase(
+        name="SmearedAttention[grouped]",
+        config=nn.SmearedAttentionConfig(width=16, num_heads=4, num_kv_heads=2, smear_init=0.5),
+    ),
     _softplus_mixer("rope,power=15"),
     _variant(
         _softplus_mixer(
