@@ -20,6 +20,7 @@ CONFIGURABLES = (
     nn.MemoryAsContextConfig,
     nn.MemoryAsGateConfig,
     nn.MemoryAsLayerConfig,
+    nn.NGramHeadsConfig,
     nn.NeuralMemoryConfig,
     nn.PersistentAttentionConfig,
     nn.PrefixLinearAttentionConfig,

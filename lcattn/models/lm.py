@@ -10,7 +10,7 @@ from flax import nnx
 
 from lcattn.config import Config
 from lcattn.errors import argument_error
-from lcattn.nn import MixerConfig, SwiGLU
+from lcattn.nn import MixerConfig, SwiGLU, TokenMixer
 from lcattn.nn.layers import LayerConfig, layer_norm, rms_norm
 from lcattn.nn.mixer import State
 from lcattn.typing import Array, Hidden, Logits, Positions, PRNGKeyArray, SegmentIds, Tokens
@@ -115,16 +115,23 @@ class Block(nnx.Module):
             self.mlp_norm = self.mlp = None
 
     def __call__(
-        self, h: Hidden, segment_ids: SegmentIds | None, positions: Positions | None
+        self,
+        h: Hidden,
+        tokens: Tokens,
+        segment_ids: SegmentIds | None,
+        positions: Positions | None,
     ) -> tuple[Hidden, dict[str, Array]]:
         """The stream after this block, and what the mixer and the MLP added to it."""
-        mixed = self.mixer(self.norm(h), segment_ids, positions)
+        mixed = self.mixer(self.norm(h), segment_ids, positions, **self._read(tokens))
         return self._finish(h, mixed)
 
-    def extend(self, h: Hidden, state: State) -> tuple[Hidden, State]:
+    def extend(self, h: Hidden, tokens: Tokens, state: State) -> tuple[Hidden, State]:
         """Continues each stream."""
-        mixed, state = self.mixer.extend(self.norm(h), state)
+        mixed, state = self.mixer.extend(self.norm(h), state, **self._read(tokens))
         return self._finish(h, mixed)[0], state
+
+    def _read(self, tokens: Tokens) -> dict[str, Any]:
+        return {"tokens": tokens} if isinstance(self.mixer, TokenMixer) else {}
 
     def _finish(self, h: Hidden, mixed: Hidden) -> tuple[Hidden, dict[str, Array]]:
         h = h + mixed
@@ -184,7 +191,7 @@ class LM(nnx.Module):
         captured = {"embedding": h}
         run = nnx.remat(Block.__call__) if self.config.remat else Block.__call__
         for i, block in enumerate(self.blocks):
-            h, added = run(block, h, segment_ids, positions)
+            h, added = run(block, h, tokens, segment_ids, positions)
             captured |= {f"block_{i}/{name}": value for name, value in added.items()}
             captured[f"block_{i}"] = h
         logits, captured["norm"] = self._head(h)
@@ -202,7 +209,7 @@ class LM(nnx.Module):
             raise argument_error("state", f"{len(self.blocks)} layers", len(state.layers))
         h, layers = self._embed(tokens), []
         for block, layer in zip(self.blocks, state.layers, strict=True):
-            h, layer = block.extend(h, layer)
+            h, layer = block.extend(h, tokens, layer)
             layers.append(layer)
         return self._head(h)[0], LMState(tuple(layers))
 
