@@ -7,6 +7,7 @@ from experiments import benchmarks
 from experiments.benchmarks.measure import TimingConfig
 from experiments.gin_config import register
 from lcattn import models, nn, tasks, training
+from lcattn.tasks import languages
 
 CONFIGURABLES = (
     models.LMConfig,
@@ -30,6 +31,8 @@ CONFIGURABLES = (
     nn.ShortConvolutionConfig,
     nn.SoftmaxAttentionConfig,
     nn.SoftplusAttentionConfig,
+    languages.AutomataConfig,
+    languages.LanguagesConfig,
     tasks.CorpusConfig,
     tasks.DataConfig,
     tasks.ExtrapolationTaskConfig,
@@ -43,6 +46,7 @@ CONFIGURABLES = (
     tasks.standard_library,
     training.MeshConfig,
     training.OptimizerConfig,
+    training.SeedsConfig,
     training.TrainConfig,
     TimingConfig,
     benchmarks.GatedDeltaRuleBenchmark,

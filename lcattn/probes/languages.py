@@ -26,19 +26,19 @@ def language_scores(
       weights: 1 where the next token is a letter.
 
     Returns:
-      `tvd` and `accuracy`, means over letters, and `tvd_at` and `accuracy_at`, `[T]`, the means
-      over rows at each position, NaN where no row has a letter. The total variation distance is
-      half the sum of absolute differences (what the published code logs is all of it). Accuracy is
-      the share of letters whose most likely prediction, the first among equals, is possible at all.
+      `letters_at`, `tvd_at` and `accuracy_at`, `[T]`: at each position the number of letters that
+      come next, and the sums over these of the total variation distance and of whether the most
+      likely token, the first among equals, is possible at all. (The distance is half the sum of
+      absolute differences; what the published code logs is all of it.)
     """
     distance = 0.5 * jnp.abs(predicted.astype(jnp.float32) - law).sum(axis=-1)
     guess = predicted.argmax(axis=-1)
     possible = jnp.take_along_axis(law, guess[..., None], axis=-1)[..., 0] > 0
-    scores = {}
-    for name, values in {"tvd": distance, "accuracy": possible}.items():
-        scores[name] = (weights * values).sum() / weights.sum()
-        scores[f"{name}_at"] = (weights * values).sum(axis=0) / weights.sum(axis=0)
-    return scores
+    return {
+        "letters_at": weights.sum(axis=0),
+        "tvd_at": (weights * distance).sum(axis=0),
+        "accuracy_at": (weights * possible).sum(axis=0),
+    }
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
