@@ -6,6 +6,7 @@ Interrupted, the same command continues where it stopped. After Akyürek et al. 
 2401.12973): transformers do better than recurrent models, and n-gram heads help both.
 """
 
+import itertools
 import math
 import sys
 import time
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from experiments import cli, reporting
@@ -107,7 +109,8 @@ def count_models(
     rows = data.make().test
     laws = np.stack([backoff_laws(data, row, max(orders)) for row in rows.tokens.tolist()], axis=1)
     for order in orders:
-        scores = language_scores(laws[order - 1], rows.law, rows.weights)
+        arrays = (jnp.asarray(array) for array in (laws[order - 1], rows.law, rows.weights))
+        scores = language_scores(*arrays)
         yield f"{order}-gram", {key: np.asarray(value).tolist() for key, value in scores.items()}
 
 
@@ -197,7 +200,7 @@ def position_figure(results: Mapping[str, Any]) -> Figure:
     middles = ((edges[1:] + edges[:-1]) / 2).tolist()
 
     def binned(scores: Mapping[str, Any]) -> np.ndarray:
-        pieces = [_score(scores, "accuracy", a, b) for a, b in zip(edges, edges[1:], strict=False)]
+        pieces = [_score(scores, "accuracy", a, b) for a, b in itertools.pairwise(edges)]
         return np.stack(pieces, axis=-1)
 
     series = [

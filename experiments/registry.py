@@ -7,7 +7,7 @@ from experiments import benchmarks
 from experiments.benchmarks.measure import TimingConfig
 from experiments.gin_config import register
 from lcattn import models, nn, tasks, training
-from lcattn.tasks import languages
+from lcattn.tasks import algorithmic, languages
 
 CONFIGURABLES = (
     models.LMConfig,
@@ -31,6 +31,7 @@ CONFIGURABLES = (
     nn.ShortConvolutionConfig,
     nn.SoftmaxAttentionConfig,
     nn.SoftplusAttentionConfig,
+    algorithmic.AlgorithmicConfig,
     languages.AutomataConfig,
     languages.LanguagesConfig,
     tasks.CorpusConfig,

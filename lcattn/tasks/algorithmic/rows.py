@@ -31,7 +31,7 @@ class AlgorithmicConfig(Config):
     | `copy_repeated` | tokens 0 and 1    | the same                                        |
     | `reverse`       | different tokens  | the same, the last one first                    |
     | `sort`          | different tokens  | the same, the smallest first                    |
-    | `addition`      | digits of a, b    | those of a + b, highest first; 0s fill numbers to length + 1 |
+    | `addition`      | digits of a, b    | those of a + b; all of length + 1, highest first |
     | `parity`        | tokens 0 and 1    | the sum modulo 2                                |
 
     Hints. To `sort`: every other row of training asks, of the same kind of list, for the
@@ -124,7 +124,7 @@ class AlgorithmicConfig(Config):
 
 
 class Rows(NamedTuple):
-    """N rows: `tokens`, `targets` int32 and `weights` float32, `[N, T]`; answers and EOS weigh 1."""
+    """`tokens`, `targets` int32 and `weights` float32, each `[N, T]`; answers and EOS weigh 1."""
 
     tokens: np.ndarray
     targets: np.ndarray
