@@ -195,8 +195,9 @@ def _flat(results: Mapping[str, Any], metric: str, first: int, last: int) -> Ite
 
 def position_figure(results: Mapping[str, Any]) -> Figure:
     """Accuracy against the position in the row."""
-    length = results["data"]["length"]
-    edges = np.unique(np.linspace(0, length, BINS + 1).astype(int))
+    letters = np.asarray(_any_run(results["models"])["letters_at"][-1])[0]
+    end = np.flatnonzero(letters)[-1] + 1  # where the longest row ends
+    edges = np.unique(np.linspace(0, end, BINS + 1).astype(int))
     middles = ((edges[1:] + edges[:-1]) / 2).tolist()
 
     def binned(scores: Mapping[str, Any]) -> np.ndarray:
