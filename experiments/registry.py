@@ -9,6 +9,7 @@ from experiments.gin_config import register
 from lcattn import models, nn, probes, tasks, training
 from lcattn.probes import classification
 from lcattn.probes import regression as regression_probes
+from lcattn.tasks import algorithmic, languages
 from lcattn.tasks import regression as regression_tasks
 
 CONFIGURABLES = (
@@ -23,6 +24,7 @@ CONFIGURABLES = (
     nn.MemoryAsContextConfig,
     nn.MemoryAsGateConfig,
     nn.MemoryAsLayerConfig,
+    nn.NGramHeadsConfig,
     nn.NeuralMemoryConfig,
     nn.PersistentAttentionConfig,
     nn.PrefixLinearAttentionConfig,
@@ -37,6 +39,9 @@ CONFIGURABLES = (
     classification.AttentionNetwork,
     classification.ItemLabelProblem,
     classification.TwoParameterNetwork,
+    algorithmic.AlgorithmicConfig,
+    languages.AutomataConfig,
+    languages.LanguagesConfig,
     tasks.CorpusConfig,
     tasks.DataConfig,
     tasks.ExtrapolationTaskConfig,
