@@ -1,3 +1,5 @@
 """Causal length-scaled softplus attention (LSSA, LSSAR) as GPU kernels."""
 
-EVIDENCE = ("interpreted", "lowered for CUDA", "run on an H200")
+EVIDENCE = {
+    "mosaic_gpu": ("interpreted", "lowered for CUDA", "run on an H200"),
+}
