@@ -17,16 +17,16 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
-from pallas_kernels.linear_attention import mosaic_tpu as linear
+from lcattn import ops
 
 CHIPS = {"v5e": "v5e:2x2", "v6e": "v6e:2x2", "v5p": "v5p:2x2x1"}
 """The smallest system of each kind of TPU."""
@@ -64,81 +64,69 @@ def prepare(library: str) -> None:
     jax.config.update("jax_enable_compilation_cache", False)
 
 
-class Case(Protocol):
-    """One shape; a dataclass."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Case:
+    """One call of an op in bfloat16.
+
+    Attributes:
+      op: its name in `lcattn.ops`.
+      options: its options.
+      packed: whether it is given segment ids.
+    """
+
+    op: str
+    B: int = 1
+    T: int = 32768
+    N: int = 16
+    K: int = 16
+    F: int
+    H: int
+    options: Mapping[str, Any]
+    packed: bool = False
 
     @property
     def name(self) -> str:
         """As the table spells it."""
-        ...
+        options = " ".join(f"{name}={value}" for name, value in self.options.items())
+        sizes = " ".join(f"{name}={getattr(self, name)}" for name in "BTNKFH")
+        return f"{options}{' packed' if self.packed else ''} {sizes}".strip()
 
     def arrays(self) -> tuple[jax.ShapeDtypeStruct, ...]:
-        """What is differentiated, the output's gradient last."""
-        ...
+        """q, k, v, and the output's gradient."""
+        heads = (self.N, self.F), (self.K, self.F), (self.K, self.H), (self.N, self.H)
+        return tuple(jax.ShapeDtypeStruct((self.B, self.T, *x), jnp.bfloat16) for x in heads)
 
-    def run(self, *arrays: jax.Array) -> jax.Array:
-        """The kernels' output."""
-        ...
-
-
-@dataclasses.dataclass(frozen=True)
-class LinearAttention:
-    """A call of linear attention in bfloat16."""
-
-    feature_map: str
-    B: int
-    T: int
-    N: int
-    K: int
-    F: int
-    H: int
-    normalize: bool
-    packed: bool = False
-
-    @property
-    def name(self):
-        """As the table spells it."""
-        kind = "normalised" if self.normalize else "plain"
-        return (
-            f"{self.feature_map} {kind}{' packed' if self.packed else ''} B={self.B} T={self.T}"
-            f" N={self.N} K={self.K} F={self.F} H={self.H}"
+    def gradients(self, q: jax.Array, k: jax.Array, v: jax.Array, g: jax.Array):
+        """The output and the gradients of q, k and v."""
+        ids = jnp.zeros((self.B, self.T), jnp.int32) if self.packed else None
+        attend = functools.partial(
+            getattr(ops, self.op), **self.options, segment_ids=ids, implementation="mosaic_tpu"
         )
-
-    def arrays(self):
-        """q, k, v and the output's gradient."""
-        return _heads(self.B, self.T, (self.N, self.F), (self.K, self.F), (self.K, self.H),
-                      (self.N, self.H))  # fmt: skip
-
-    def run(self, q, k, v):
-        """The output."""
-        documents = jnp.zeros((self.B, self.T), jnp.int32) if self.packed else None
-        return linear.linear_attention(
-            q, k, v, None, documents, feature_map=self.feature_map, scale=self.F**-0.5,
-            normalize=self.normalize,
-        )[0]  # fmt: skip
+        out, pull = jax.vjp(attend, q, k, v)
+        return out, *pull(g)
 
 
-_TAYLOR = functools.partial(LinearAttention, "taylor", normalize=True)
-_IDENTITY = functools.partial(LinearAttention, "identity", normalize=False)
-CASES: dict[str, list[Case]] = {
-    "linear_attention": [
-        _TAYLOR(B=1, T=32768, N=16, K=16, F=16, H=64),
-        _TAYLOR(B=2, T=1000, N=8, K=2, F=32, H=128, packed=True),
-        _IDENTITY(B=1, T=32768, N=16, K=16, F=128, H=128),
-    ],
-}
+_TAYLOR = functools.partial(Case, op="linear_attention", options={"feature_map": "taylor"})
+_IDENTITY = functools.partial(Case, op="linear_attention", options={"feature_map": "identity"})
+_LSSA = functools.partial(Case, op="softplus_attention", options={})
+_LSSAR = functools.partial(Case, op="softplus_attention", options={"power": 15.0})
+CASES = [
+    _TAYLOR(F=16, H=64),
+    _TAYLOR(B=2, T=1000, N=8, K=2, F=32, H=128, packed=True),
+    _IDENTITY(F=128, H=128),
+    _LSSAR(F=128, H=128),
+    _LSSAR(B=2, T=1000, N=8, K=2, F=64, H=64, packed=True),
+    _LSSA(T=131072, F=64, H=64),
+]
 
 
-def _heads(B: int, T: int, *heads: tuple[int, int]) -> tuple[jax.ShapeDtypeStruct, ...]:
-    return tuple(jax.ShapeDtypeStruct((B, T, *sizes), jnp.bfloat16) for sizes in heads)
-
-
-def compiled(f: Callable, arrays: tuple[jax.ShapeDtypeStruct, ...], chip: str) -> Any:
-    """`f`, compiled for one device of a kind of TPU."""
+def compiled(case: Case, chip: str) -> Any:
+    """The case's gradients, compiled for one device of a kind of TPU."""
     device = topologies.get_topology_desc(platform="tpu", topology_name=CHIPS[chip]).devices[0]
     here = SingleDeviceSharding(device)
-    placed = (jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here) for x in arrays)
-    return jax.jit(f).lower(*placed).compile()
+    placed = (jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here) for x in case.arrays())
+    with jax.default_device(device):  # what ops look at
+        return jax.jit(case.gradients).lower(*placed).compile()
 
 
 def memory(program: Any) -> dict[str, Any]:
@@ -156,21 +144,11 @@ def memory(program: Any) -> dict[str, Any]:
 
 def record(case: Case) -> dict[str, Any]:
     """What one shape takes, forward and backward in one program, on every chip."""
-
-    def gradients(*arrays_and_g):
-        *arrays, g = arrays_and_g
-        out, pull = jax.vjp(case.run, *arrays)
-        return out, *pull(g)
-
-    arrays = case.arrays()
-    return (
-        {"case": case.name}
-        | dataclasses.asdict(case)
-        | {  # pyrefly: ignore
-            "argument_bytes": sum(x.size * x.dtype.itemsize for x in arrays),
-            "chips": {chip: memory(compiled(gradients, arrays, chip)) for chip in CHIPS},
-        }
-    )
+    return {
+        "case": case.name,
+        "argument_bytes": sum(x.size * x.dtype.itemsize for x in case.arrays()),
+        "chips": {chip: memory(compiled(case, chip)) for chip in CHIPS},
+    }
 
 
 def version(library: str) -> str:
@@ -181,9 +159,9 @@ def version(library: str) -> str:
 
 
 def main(arguments: list[str]) -> None:
-    """Compiles a kernel's shapes, and writes or prints the record."""
+    """Compiles an op's shapes, and writes or prints the record."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("kernel", choices=CASES)
+    parser.add_argument("op", choices=sorted({case.op for case in CASES}))
     parser.add_argument("--out", type=Path, help="folder of the records; default: print")
     options = parser.parse_args(arguments)
     path = library()
@@ -196,7 +174,7 @@ def main(arguments: list[str]) -> None:
             "jax": jax.__version__,
             "libtpu": version(path),
             "command": "python -m benchmarks.tpu " + shlex.join(arguments),
-            "rows": [record(case) for case in CASES[options.kernel]],
+            "rows": [record(case) for case in CASES if case.op == options.op],
         },
         indent=1,
     )
@@ -204,7 +182,7 @@ def main(arguments: list[str]) -> None:
         print(text)
     else:
         options.out.mkdir(exist_ok=True)
-        (options.out / f"{options.kernel}.json").write_text(text + "\n")
+        (options.out / f"{options.op}.json").write_text(text + "\n")
 
 
 if __name__ == "__main__":

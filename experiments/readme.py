@@ -189,23 +189,20 @@ def _compiled_for_tpus() -> str:
     rows = [
         (
             f"{kernel}: {row['case']}",
-            _megabytes(row["argument_bytes"]),
-            *(_megabytes(taken["temp_bytes"]) for taken in row["chips"].values()),
-            *(_megabytes(max(taken["vmem_bytes"].values())) for taken in row["chips"].values()),
+            chip,
+            *(_megabytes(size) for size in (row["argument_bytes"], taken["temp_bytes"])),
+            _megabytes(max(taken["vmem_bytes"].values())),
         )
         for kernel, record in records.items()
         for row in record["rows"]
+        for chip, taken in row["chips"].items()
     ]
-    record = next(iter(records.values()))
-    chips = record["rows"][0]["chips"]
-    header = (
-        "case (bfloat16), forward + backward", "inputs", *(f"{chip}: HBM besides" for chip in chips),
-        *(f"{chip}: VMEM" for chip in chips),
-    )  # fmt: skip
+    header = ("case (bfloat16), forward + backward", "TPU", "inputs", "HBM besides", "VMEM")
     table = Table(title="Compiled for TPUs, never run: megabytes", header=header, rows=rows)
+    record = next(iter(records.values()))
     return table.markdown() + (
-        f"\n\n`{record['command']}`, jax {record['jax']}, libtpu {record['libtpu']}. Besides inputs "
-        "and gradients; VMEM is that of the kernel that takes most."
+        f"\n\n`python -m benchmarks.tpu KERNEL --out benchmarks/tpu`, jax {record['jax']}, libtpu "
+        f"{record['libtpu']}. HBM besides inputs and gradients; VMEM of the kernel that takes most."
     )
 
 

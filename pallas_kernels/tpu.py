@@ -65,6 +65,7 @@ def launch(
     out_type: Sequence[Any],
     scratch: Sequence[Any],
     interpret: bool,
+    scalars: Sequence[jax.Array] = (),
 ) -> Any:
     """Runs a kernel; inputs and outputs that are None reach it as None.
 
@@ -78,12 +79,16 @@ def launch(
       scratch: scratch in VMEM.
       interpret: whether to run in the TPU simulator, which walks parallel axes in random order and
         looks for races.
+      scalars: integers known before the kernel runs, given to block specs last and to it first.
     """
     parallel = len(grid) - sequential
     semantics = ("parallel",) * parallel + ("arbitrary",) * sequential
     return pl.pallas_call(
-        body, grid=tuple(grid), in_specs=list(in_specs), out_specs=list(out_specs),
-        out_shape=list(out_type), scratch_shapes=list(scratch), name=body.__name__,
+        body, out_shape=list(out_type), name=body.__name__,
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=len(scalars), grid=tuple(grid), in_specs=list(in_specs),
+            out_specs=list(out_specs), scratch_shapes=list(scratch),
+        ),
         compiler_params=pltpu.CompilerParams(dimension_semantics=semantics),
         interpret=pltpu.InterpretParams(detect_races=True) if interpret else False,
-    )(*arrays)  # fmt: skip
+    )(*scalars, *arrays)  # fmt: skip
