@@ -72,6 +72,7 @@ class Case:
       op: its name in `lcattn.ops`.
       options: its options.
       packed: whether it is given segment ids.
+      in_tests: whether the tests compile it too; others take longer.
     """
 
     op: str
@@ -83,6 +84,7 @@ class Case:
     H: int
     options: Mapping[str, Any]
     packed: bool = False
+    in_tests: bool = False
 
     @property
     def name(self) -> str:
@@ -111,12 +113,13 @@ _IDENTITY = functools.partial(Case, op="linear_attention", options={"feature_map
 _LSSA = functools.partial(Case, op="softplus_attention", options={})
 _LSSAR = functools.partial(Case, op="softplus_attention", options={"power": 15.0})
 CASES = [
-    _TAYLOR(F=16, H=64),
-    _TAYLOR(B=2, T=1000, N=8, K=2, F=32, H=128, packed=True),
+    _TAYLOR(F=16, H=64, in_tests=True),
+    _TAYLOR(B=2, T=1000, N=8, K=2, F=32, H=128, packed=True, in_tests=True),
     _IDENTITY(F=128, H=128),
     _LSSAR(F=128, H=128),
-    _LSSAR(B=2, T=1000, N=8, K=2, F=64, H=64, packed=True),
+    _LSSAR(B=2, T=1000, N=8, K=2, F=64, H=64, packed=True, in_tests=True),
     _LSSA(T=131072, F=64, H=64),
+    _LSSA(T=2048, F=128, H=128, in_tests=True),
 ]
 
 
@@ -162,19 +165,23 @@ def main(arguments: list[str]) -> None:
     """Compiles an op's shapes, and writes or prints the record."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("op", choices=sorted({case.op for case in CASES}))
+    parser.add_argument("--in_tests", action="store_true", help="only what the tests compile")
     parser.add_argument("--out", type=Path, help="folder of the records; default: print")
     options = parser.parse_args(arguments)
     path = library()
     if path is None:
         parser.error("libtpu is not installed; `make test` installs it")
     prepare(path)
+    cases = [case for case in CASES if case.op == options.op]
+    if options.in_tests:
+        cases = [case for case in cases if case.in_tests]
     text = json.dumps(
         {
             "script": "tpu",
             "jax": jax.__version__,
             "libtpu": version(path),
             "command": "python -m benchmarks.tpu " + shlex.join(arguments),
-            "rows": [record(case) for case in CASES if case.op == options.op],
+            "rows": [record(case) for case in cases],
         },
         indent=1,
     )

@@ -3,13 +3,14 @@ r"""The walks of the TPU kernels: a block of tokens stays, blocks of the others 
 As `forward` and `backward` on GPUs, with scores `t` as tiles `[keys, queries]` (see
 `pallas_kernels.tpu`), so that a query's numbers are rows and sums over its keys are sums over rows:
 
-    row_sums         S = sum a,  the largest t              queries stay     a = softplus(t)
-    mix              O = v r^p / R,  R = sum r^p            queries stay     r = max(gain a - threshold, 0)
-    query_gradients  d q, and e                             queries stay
-    key_gradients    d k, d v                               keys stay
+    row_sums         queries stay    S = sum a,  the largest t       a = softplus(t)
+    mix              queries stay    O = v r^p / R,  R = sum r^p     r = max(gain a - threshold, 0)
+    query_gradients  queries stay    d q, and e
+    key_gradients    keys stay       d k, d v
 
 The grid has a step for every pair of blocks. Those that see nothing of each other are skipped: they
-compute nothing, and move nothing since their step names the blocks that are there already.
+compute nothing, and move nothing since their step names the blocks that are there already. Within a
+step what streams is taken a strip of 128 tokens at a time, so that scores stay in registers.
 
 Floor of a score of H = 128: 256 FLOP of the matrix unit in `row_sums`, 512 in `mix`, 1024 in each
 of the gradients' walks (LSSA: 768 in the first), and 2, 2, 3 and 3 transcendentals. At 32768 tokens
@@ -17,7 +18,7 @@ and 16 heads that is 8.6e9 scores: 2.2, 4.4, 8.8 and 8.8 TFLOP. Nothing was time
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -29,7 +30,7 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels.softplus_attention.packing import Packing
 from pallas_kernels.softplus_attention.rows import LN2, Row, Sums
 from pallas_kernels.softplus_attention.weights import HIDDEN, raised, sigmoid, weight_gradients
-from pallas_kernels.tpu import column, dot, launch
+from pallas_kernels.tpu import LANES, column, dot, launch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,9 +68,9 @@ def row_sums(plan: Plan, q: jax.Array, k: jax.Array, packing: Packing | None) ->
             total[...] = jnp.zeros_like(total)
             highest[...] = jnp.full_like(highest, HIDDEN)
 
-        @tile.seen
-        def _():
-            t = tile.hide(dot(k[...], q[...], (0, 0)))
+        @tile.strips
+        def _(keys):
+            t = tile.hide(dot(k[:, keys], q[...], (0, 0)), keys)
             total[...] += _softplus(t).sum(axis=0, keepdims=True)
             highest[...] = jnp.maximum(highest[...], t.max(axis=0, keepdims=True))
 
@@ -106,12 +107,12 @@ def mix(
             mixed[...] = jnp.zeros_like(mixed)
             total[...] = jnp.zeros_like(total)
 
-        @tile.seen
-        def _():
-            a = _softplus(tile.hide(dot(k[...], q[...], (0, 0))))
+        @tile.strips
+        def _(keys):
+            a = _softplus(tile.hide(dot(k[:, keys], q[...], (0, 0)), keys))
             weights = raised(_excess(plan, a, rows), plan.power)
             total[...] += weights.sum(axis=0, keepdims=True)
-            mixed[...] += dot(v[...], weights.astype(v.dtype))
+            mixed[...] += dot(v[:, keys], weights.astype(v.dtype))
 
         @tile.last
         def _():
@@ -157,16 +158,16 @@ def query_gradients(
             common[...] = jnp.zeros_like(common)
             e[...] = jnp.zeros_like(e)
 
-        @tile.seen
-        def _():
-            t = tile.hide(dot(k[...], q[...], (0, 0)))
+        @tile.strips
+        def _(keys):
+            t = tile.hide(dot(k[:, keys], q[...], (0, 0)), keys)
             a = _softplus(t)
             slope = sigmoid(t, a)
-            d = dot(v[...], g[...], (0, 0)) - _row(rows, Row.MEAN)
+            d = dot(v[:, keys], g[...], (0, 0)) - _row(rows, Row.MEAN)
             d = weight_gradients(d, _excess(plan, a, rows), plan)
-            own[...] += dot(k[...], (d * slope).astype(k.dtype))
+            own[...] += dot(k[:, keys], (d * slope).astype(k.dtype))
             if plan.thresholded:
-                common[...] += dot(k[...], slope.astype(k.dtype))
+                common[...] += dot(k[:, keys], slope.astype(k.dtype))
                 e[...] += d.sum(axis=0, keepdims=True)
 
         @tile.last
@@ -204,16 +205,17 @@ def key_gradients(
             sum_dk[...] = jnp.zeros_like(sum_dk)
             sum_dv[...] = jnp.zeros_like(sum_dv)
 
-        @tile.seen
-        def _():
-            t = tile.hide(dot(k[...], q[...], (0, 0)))
+        @tile.strips
+        def _(queries):
+            query, grad, numbers = q[:, queries], g[:, queries], rows[:, queries]
+            t = tile.hide(dot(k[...], query, (0, 0)), queries)
             a = _softplus(t)
-            r = _excess(plan, a, rows)
-            d = dot(v[...], g[...], (0, 0)) - _row(rows, Row.MEAN)
-            d = weight_gradients(d, r, plan) - _row(rows, Row.SHARED)
-            d *= _row(rows, Row.SLOPE) * sigmoid(t, a)
-            sum_dk[...] += dot(q[...], d.astype(q.dtype), (1, 1))
-            sum_dv[...] += dot(g[...], raised(r, plan.power).astype(g.dtype), (1, 1))
+            r = _excess(plan, a, numbers)
+            d = dot(v[...], grad, (0, 0)) - _row(numbers, Row.MEAN)
+            d = weight_gradients(d, r, plan) - _row(numbers, Row.SHARED)
+            d *= _row(numbers, Row.SLOPE) * sigmoid(t, a)
+            sum_dk[...] += dot(query, d.astype(query.dtype), (1, 1))
+            sum_dv[...] += dot(grad, raised(r, plan.power).astype(grad.dtype), (1, 1))
 
         @tile.last
         def _():
@@ -249,16 +251,24 @@ class _Tile:
 
     Attributes:
       first, last: decorators of what is done before and after all steps of a block that stays.
-      seen: decorator of what is done where the blocks see something of each other.
     """
 
-    def __init__(self, first, last, seen, mask):
-        self.first, self.last, self.seen = pl.when(first), pl.when(last), pl.when(seen)
-        self._mask = mask
+    def __init__(self, *, first, last, seen, mask, strips: int):
+        self.first, self.last = pl.when(first), pl.when(last)
+        self._seen, self._mask, self._strips = seen, mask, strips
 
-    def hide(self, t: jax.Array) -> jax.Array:
-        """Scores `[keys, queries]`, those of keys that are not seen being `HIDDEN`."""
-        return jnp.where(self._mask(), t, HIDDEN)
+    def strips(self, body: Callable[[Any], None]) -> None:
+        """Calls `body(strip)` on every strip of what streams, if the blocks see each other."""
+
+        @pl.when(self._seen)
+        def _():
+            @pl.loop(0, self._strips)
+            def _(strip):
+                body(pl.ds(pl.multiple_of(strip * LANES, LANES), LANES))
+
+    def hide(self, t: jax.Array, strip: Any) -> jax.Array:
+        """Scores `[keys, queries]` of a strip, those of keys that are not seen being `HIDDEN`."""
+        return jnp.where(self._mask(t.shape, strip), t, HIDDEN)
 
 
 def _walk(
@@ -291,9 +301,7 @@ def _walk(
     members = 1 if by_queries else streaming[0].shape[1] // heads
     share = heads // streaming[0].shape[1] if by_queries else 1
     # The range of blocks that a block sees: up to its own, or from its own on.
-    other = jnp.broadcast_to(jnp.arange(blocks, dtype=jnp.int32) * 0, (B, blocks))
-    if not by_queries:
-        other += blocks - 1
+    other = jnp.full((B, blocks), 0 if by_queries else blocks - 1, jnp.int32)
     if packing is not None:
         other = packing.first_keys // block if by_queries else (packing.past_queries - 1) // block
 
@@ -307,7 +315,7 @@ def _walk(
     def stream(x):
         def place(b, n, i, m, j, others):
             first, last = bounds(others, b, i)
-            head = n // share if by_queries else n * members + m
+            head = lax.div(n, share) if by_queries else n * members + m
             return b, head, 0, jnp.clip(j, first, last)
 
         return pl.BlockSpec((None, None, x.shape[2], block), place)
@@ -323,16 +331,18 @@ def _walk(
         first, last = bounds(others, b, i)
         query, key = (i, j) if by_queries else (j, i)
 
-        def mask():
-            row, col = (lax.broadcasted_iota(jnp.int32, (block, block), axis) for axis in (0, 1))
-            row += key * block
+        def mask(shape, strip):
+            row, col = (lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (0, 1))
+            keys, queries = (strip, slice(None)) if by_queries else (slice(None), strip)
+            row += key * block + (strip.start if by_queries else 0)
             if positions is None:
-                return row <= col + query * block
-            return (row <= positions[...]) & (positions[...] < column(ends[...]))
+                return row <= col + query * block + (0 if by_queries else strip.start)
+            position = positions[:, queries]
+            return (row <= position) & (position < column(ends[:, keys]))
 
         tile = _Tile(
-            (m == 0) & (j == 0), (m == members - 1) & (j == blocks - 1),
-            (first <= j) & (j <= last), mask,
+            first=(m == 0) & (j == 0), last=(m == members - 1) & (j == blocks - 1),
+            seen=(first <= j) & (j <= last), mask=mask, strips=block // LANES,
         )  # fmt: skip
         body(tile, *refs)
 
