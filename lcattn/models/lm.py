@@ -117,15 +117,15 @@ class Block(nnx.Module):
     def __call__(
         self,
         h: Hidden,
-        tokens: Tokens | None,
         segment_ids: SegmentIds | None,
         positions: Positions | None,
+        tokens: Tokens | None = None,
     ) -> tuple[Hidden, dict[str, Array]]:
         """The stream after this block, and what the mixer and the MLP added to it."""
         mixed = self.mixer(self.norm(h), segment_ids, positions, **self._read(tokens))
         return self.finish(h, mixed)
 
-    def extend(self, h: Hidden, tokens: Tokens, state: State) -> tuple[Hidden, State]:
+    def extend(self, h: Hidden, state: State, tokens: Tokens | None = None) -> tuple[Hidden, State]:
         """Continues each stream."""
         mixed, state = self.mixer.extend(self.norm(h), state, **self._read(tokens))
         return self.finish(h, mixed)[0], state
@@ -211,7 +211,7 @@ class LM(nnx.Module):
         h, captured = embeddings, {"embedding": embeddings}
         run = nnx.remat(Block.__call__) if self.config.remat else Block.__call__
         for i, block in enumerate(self.blocks):
-            h, added = run(block, h, tokens, segment_ids, positions)
+            h, added = run(block, h, segment_ids, positions, tokens)
             captured |= {f"block_{i}/{name}": value for name, value in added.items()}
             captured[f"block_{i}"] = h
         logits, captured["norm"] = self.unembed(h)
@@ -234,7 +234,7 @@ class LM(nnx.Module):
             raise argument_error("state", f"{len(self.blocks)} layers", len(state.layers))
         h, layers = self.embed(tokens), []
         for block, layer in zip(self.blocks, state.layers, strict=True):
-            h, layer = block.extend(h, tokens, layer)
+            h, layer = block.extend(h, layer, tokens)
             layers.append(layer)
         return self.unembed(h)[0], LMState(tuple(layers))
 
