@@ -8,6 +8,7 @@
 - batches: `DataConfig`, `Batches`, `BatchIterator`, `check_batch`, `mask_prefix`;
 - a baseline, a metric and a prompt: `NGramModel`, `accuracy`, `repeat_prompt`.
 
+In-context regression, drawn on the device from a key, is in `lcattn.tasks.regression`.
 Builders of tensorflow-datasets are in `lcattn.tasks.tfds_builders`, which is imported on demand.
 """
 
