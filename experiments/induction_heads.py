@@ -7,7 +7,6 @@ predicted from themselves (`lcattn.tasks.repeated`); what is measured is describ
 `lcattn.probes`. Source: Olsson et al. (2022), arXiv 2209.11895.
 """
 
-import itertools
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -30,6 +29,7 @@ from lcattn.models import LMConfig
 from lcattn.probes import InductionProblem
 from lcattn.training import SeedsConfig, SeedsResult, train_seeds
 
+_SHARES = (-0.02, 1.02)
 CURVES = ("loss", "in_context_score", "first_loss", "repeat_loss", "repeat_accuracy", "copied")
 HEADS = ("prefix_matching", "previous_token", "duplicate_token", "copying")
 
@@ -68,7 +68,9 @@ _RUN = "reference run, seed 0"
 QUOTED = (
     Quoted("2 layers", "repeat accuracy", 0.98, _RUN, _final("repeat_accuracy")),
     Quoted("2 layers", "repeat loss (nats)", 0.30, _RUN, _final("repeat_loss")),
-    Quoted("2 layers", "prefix matching, strongest head", 0.76, _RUN, _strongest("prefix_matching")),
+    Quoted(
+        "2 layers", "prefix matching, strongest head", 0.76, _RUN, _strongest("prefix_matching")
+    ),
     Quoted("2 layers", "previous token, strongest head", 0.20, _RUN, _strongest("previous_token")),
     Quoted("2 layers", "counterfactual copy", 0.877, _RUN, _final("copied")),
     Quoted("2 layers", "occlusion of the source (nats)", 7.5, _RUN, _role("occlusion", "source")),
@@ -151,6 +153,7 @@ def record(problem: InductionProblem, result: SeedsResult) -> dict[str, Any]:
             name: {role: _short(values) for role, values in roles._asdict().items()}
             for name, roles in found.roles.items()
         },
+        "offsets": {str(layer): _short(values) for layer, values in found.offsets.items()},
         "occlusion": _short(found.occlusion.mean(axis=0)),
         "state_bytes": model.state_bytes(problem.data.length),
         "num_parameters": sum(p.size for p in jax.tree.leaves(nnx.state(model, nnx.Param))),
@@ -184,8 +187,8 @@ def report(results: Mapping[str, Any]) -> Report:
         learning(models),
         table(models),
         "A *copied* answer is one that changes with nothing but its source "
-        "(`counterfactual_copy`): 1 for a copier, 0 for whoever knows answers by heart. Prefix matching and the previous "
-        "token are those of the strongest head over all layers; a dash: no layer has an attention "
+        "(`counterfactual_copy`): 1 for a copier, 0 for whoever knows answers by heart. Prefix "
+        "matching and the previous token are those of the strongest head over all layers; a dash: no layer has an attention "
         "map. The window is where the in-context score falls fastest (at half of the largest rate "
         "or more), median over seeds.",
     ]
@@ -196,7 +199,8 @@ def report(results: Mapping[str, Any]) -> Report:
             "1e-3 and one seed; the paper's own models are language models of up to 13 billion "
             "parameters. It says of them: the in-context score changes by 0.15 to 0.4 nats in one "
             "short window, together with prefix matching; models of one layer never do it, unless "
-            "keys are smeared.",
+            "keys are smeared. What the probes of attention call a prefix-matching head is one way to "
+            "copy: the table of seeds shows those that copy by another.",
         ]
     if any(heads(run) for run in models.values()):
         blocks += [*phase_changes(models), copiers(models)]
@@ -204,6 +208,7 @@ def report(results: Mapping[str, Any]) -> Report:
         title="Induction heads",
         blocks=[
             *blocks,
+            seeds_table(models),
             roles_table(models),
             occlusion_maps(models, period),
             slopes(models),
@@ -227,6 +232,7 @@ def learning(models: Mapping[str, Any]) -> Figure:
                 curve(model, run["steps"], _seeds_first(run["curves"][name]))
                 for model, run in models.items()
             ],
+            ylim=None if name == "in_context_score" else _SHARES,
         )
         for name, ylabel in shown.items()
     ]
@@ -238,7 +244,12 @@ def learning(models: Mapping[str, Any]) -> Figure:
     ]
     if series:
         panels.append(
-            Panel(xlabel="steps", ylabel="prefix matching, strongest head", series=series)
+            Panel(
+                xlabel="steps",
+                ylabel="prefix matching, strongest head",
+                series=series,
+                ylim=_SHARES,
+            )
         )
     caption = (
         "Learning to repeat: accuracy after the first copy of a block, the share of answers that "
@@ -257,8 +268,8 @@ def _phase_change(model: str, run: Mapping[str, Any]) -> Figure:
     window = median_window(run)
     steps = run["steps"]
 
-    def panel(ylabel: str, series: Sequence[Series]) -> Panel:
-        return Panel(xlabel="steps", ylabel=ylabel, series=series, shade=window)
+    def panel(ylabel: str, series: Sequence[Series], ylim: Any = None) -> Panel:
+        return Panel(xlabel="steps", ylabel=ylabel, series=series, shade=window, ylim=ylim)
 
     def by_layer(score: str) -> list[Series]:
         return [
@@ -274,8 +285,8 @@ def _phase_change(model: str, run: Mapping[str, Any]) -> Figure:
     panels = [
         panel("loss (nats)", losses),
         panel("in-context score (nats)", score),
-        panel("prefix matching", by_layer("prefix_matching")),
-        panel("previous token", by_layer("previous_token")),
+        panel("prefix matching", by_layer("prefix_matching"), _SHARES),
+        panel("previous token", by_layer("previous_token"), _SHARES),
     ]
     caption = (
         f"{model}: losses, the in-context score and the strongest heads over training. Shaded: "
@@ -286,28 +297,24 @@ def _phase_change(model: str, run: Mapping[str, Any]) -> Figure:
 
 def copiers(models: Mapping[str, Any]) -> Figure:
     """Prefix matching against copying, a point for each head of each seed."""
-    panels = []
-    for model, run in models.items():
-        matching, copying = (run["heads"][name] for name in ("prefix_matching", "copying"))
-        series = [
-            Series(
-                label=f"layer {layer}",
-                x=np.ravel(matching[layer][-1]).tolist(),
-                y=np.ravel(copying[layer][-1]).tolist(),
-                line="",
-            )
-            for layer in matching
-            if layer in copying
-        ]
-        if series:
-            panels.append(
-                Panel(
-                    title=model, xlabel="prefix matching", ylabel="copying", series=series,
-                    ylim=(-1.05, 1.05),
-                )
-            )  # fmt: skip
-    caption = "After training, a point for each head of each seed. Induction heads: top right."
-    return Figure(name="copying", caption=caption, panels=panels, max_columns=3)
+    series = [
+        Series(
+            label=f"{model}: layer {layer}",
+            x=np.ravel(matching[-1]).tolist(),
+            y=np.ravel(run["heads"]["copying"][layer][-1]).tolist(),
+            line="",
+        )
+        for model, run in models.items()
+        for layer, matching in run["heads"]["prefix_matching"].items()
+        if layer in run["heads"]["copying"]
+    ]
+    caption = (
+        "After training, a point for each head of each seed: prefix matching, and how far a head "
+        "raises the logits of tokens it attends to above those of others in the row (-1 to 1; "
+        "-0.92 by chance among 25 tokens). Induction heads do both: top right."
+    )
+    panel = Panel(xlabel="prefix matching", ylabel="copying", series=series, ylim=(-1.05, 1.05))
+    return Figure(name="copying", caption=caption, panels=[panel])
 
 
 def occlusion_maps(models: Mapping[str, Any], period: int) -> Figure:
@@ -340,26 +347,24 @@ def slopes(models: Mapping[str, Any]) -> Figure:
     panels = []
     for model, run in models.items():
         slope = probes.loss_slope(np.asarray(run["loss_by_position"], np.float64))
-        edges = np.unique(np.geomspace(2, slope.shape[1], 9).astype(int))
-        pairs = list(itertools.pairwise(edges))
-        shown = range(0, len(run["steps"]), max(len(run["steps"]) // 8, 1))
         panels.append(
             HeatMap(
                 title=model,
                 xlabel="steps",
-                ylabel="positions",
-                columns=[str(run["steps"][e]) for e in shown],
-                rows=[f"{a}–{b - 1}" for a, b in pairs],
-                values=[[float(slope[e, a - 1 : b - 1].mean()) for e in shown] for a, b in pairs],
-                limits=(-4.0, 4.0),
+                ylabel="position",
+                columns=[str(step) for step in run["steps"]],
+                rows=[str(position + 1) for position in range(slope.shape[1])],
+                values=slope.T.tolist(),
+                limits=(-5.0, 5.0),
                 label="d loss / d log position (nats)",
+                written=False,
             )
         )
     caption = (
         "The slope of the loss against the log of the position, mean over seeds. Negative where "
         "more context helps; before the change hardly anywhere."
     )
-    return Figure(name="slopes", caption=caption, panels=panels, max_columns=2)
+    return Figure(name="slopes", caption=caption, panels=panels)
 
 
 def turns(paths: Mapping[str, Any]) -> Figure:
@@ -401,6 +406,35 @@ def table(models: Mapping[str, Any]) -> Table:
             )
         )
     return Table(title="Models after training", header=header, rows=rows)
+
+
+def seeds_table(models: Mapping[str, Any]) -> Table:
+    """What each seed does, and the head that looks most at one place after the match."""
+    rows = []
+    for model, run in models.items():
+        for seed in range(len(run["curves"]["copied"][-1])):
+            found = [
+                (score, int(layer), offset)
+                for layer, values in run["offsets"].items()
+                for head in values[seed]
+                for offset, score in enumerate(head)
+            ]
+            score, layer, offset = max(found) if found else (None, None, None)
+            window = run["windows"][seed]
+            rows.append(
+                (
+                    model, seed, run["curves"]["repeat_accuracy"][-1][seed],
+                    run["curves"]["copied"][-1][seed],
+                    None if window is None else f"{window[0]}–{window[1]}",
+                    score, layer, offset,
+                )
+            )  # fmt: skip
+    header = (
+        "model", "seed", "repeat accuracy", "copied", "window (steps)", "strongest head",
+        "its layer", "its offset",
+    )  # fmt: skip
+    title = "Each seed, and the head that looks most at one of the places 0 to 4 after the match"
+    return Table(title=title, header=header, rows=rows)
 
 
 def roles_table(models: Mapping[str, Any]) -> Table:

@@ -135,10 +135,12 @@ class Attributions(NamedTuple):
     Attributes:
       occlusion: `[S, T - 1, T]` nats lost, `[answer, token replaced]`.
       roles: of "occlusion", "gradient x input" and "gradient norm", each number `[S]`.
+      offsets: by layer, `[S, N, 5]`: prefix matching at offsets 0 to 4.
     """
 
     occlusion: Float[Array, "S t T"]
     roles: dict[str, Roles]
+    offsets: dict[int, Float[Array, "S N 5"]]
 
 
 def attributions(
@@ -163,7 +165,14 @@ def _attributions(problem: InductionProblem, num_rows: int, params: Tree, model_
             "gradient x input": shares.times_input,
             "gradient norm": shares.norm,
         }
-        return drops, {name: behavior.by_role(m, problem.period) for name, m in maps.items()}
+        roles = {name: behavior.by_role(m, problem.period) for name, m in maps.items()}
+        offsets = {
+            layer: jnp.stack(
+                [attention.prefix_matching(m, tokens, offset=o).value for o in range(5)], axis=-1
+            )
+            for layer, m in attention.attention_maps(model, tokens).items()
+        }
+        return drops, roles, offsets
 
     return jax.vmap(of_seed)(params, model_state)
 
