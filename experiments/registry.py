@@ -7,10 +7,12 @@ from experiments import benchmarks
 from experiments.benchmarks.measure import TimingConfig
 from experiments.gin_config import register
 from lcattn import models, nn, tasks, training
-from lcattn.tasks import algorithmic, languages
+from lcattn.probes import forgetting
+from lcattn.tasks import algorithmic, languages, roles
 
 CONFIGURABLES = (
     models.LMConfig,
+    forgetting.ResetConfig,
     nn.AgentAttentionConfig,
     nn.CoreContextAttentionConfig,
     nn.DeltaNetConfig,
@@ -34,6 +36,7 @@ CONFIGURABLES = (
     algorithmic.AlgorithmicConfig,
     languages.AutomataConfig,
     languages.LanguagesConfig,
+    roles.RolesConfig,
     tasks.CorpusConfig,
     tasks.DataConfig,
     tasks.ExtrapolationTaskConfig,
