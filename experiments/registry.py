@@ -7,13 +7,14 @@ from experiments import benchmarks, regression
 from experiments.benchmarks.measure import TimingConfig
 from experiments.gin_config import register
 from lcattn import models, nn, probes, tasks, training
-from lcattn.probes import classification
+from lcattn.probes import classification, forgetting
 from lcattn.probes import regression as regression_probes
-from lcattn.tasks import algorithmic, languages
+from lcattn.tasks import algorithmic, languages, roles
 from lcattn.tasks import regression as regression_tasks
 
 CONFIGURABLES = (
     models.LMConfig,
+    forgetting.ResetConfig,
     nn.AgentAttentionConfig,
     nn.CoreContextAttentionConfig,
     nn.DeltaNetConfig,
@@ -42,6 +43,7 @@ CONFIGURABLES = (
     algorithmic.AlgorithmicConfig,
     languages.AutomataConfig,
     languages.LanguagesConfig,
+    roles.RolesConfig,
     tasks.CorpusConfig,
     tasks.DataConfig,
     tasks.ExtrapolationTaskConfig,

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from experiments import cli, languages, length_generalization, reporting
+from experiments import cli, forgetting, languages, length_generalization, reporting
 
 MODEL = """
 LMConfig:
@@ -58,6 +58,16 @@ AlgorithmicConfig:
 hint/AlgorithmicConfig.hint = "successor"
 """
 
+FORGETTING = """
+forgetting.model = @LMConfig()
+forgetting.data = @RolesConfig()
+forgetting.schedules = {"active": @ResetConfig()}
+forgetting.training = @SeedsConfig()
+forgetting.batch_size = 4
+ResetConfig.every = 1
+RolesConfig.num_words = 20
+"""
+
 
 def run(script, config, tmp_path):
     (tmp_path / "tiny.gin").write_text(config + MODEL)
@@ -100,9 +110,20 @@ def test_length_generalization_end_to_end(tmp_path):
     assert (tmp_path / "run/lengths.png").exists()
 
 
+def test_forgetting_end_to_end(tmp_path):
+    results, text = run(forgetting.forgetting, FORGETTING, tmp_path)
+    run_ = results["schedules"]["active"]
+    ours = np.asarray(run_["held_out"])
+    [(name, _, _, best, step, last, _)] = forgetting.published_table(results["schedules"]).rows
+    assert (name, best.mean, last.mean) == ("active", ours.mean(axis=1).max(), ours[-1].mean())
+    assert step in run_["steps"]
+    assert "| active | 1 | the end |" in text
+    assert (tmp_path / "run/forgetting.png").exists()
+
+
 def test_mistakes_are_one_line(tmp_path, capsys):
     for script, config, binding, message in (
-        (languages.languages, LANGUAGES, "LMConfig.vocab_size=6", "model: expected a vocab_size of"),
+        (languages.languages, LANGUAGES, "LMConfig.vocab_size=6", "a vocab_size of at least 7"),
         (languages.languages, LANGUAGES, "languages.instances=(9,)", "at most num_train=8"),
         (length_generalization.length_generalization, LENGTHS,
          "length_generalization.only={'none': ('NoPE',)}", "only: expected names of tasks"),
