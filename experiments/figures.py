@@ -41,6 +41,7 @@ class Series:
       x, y: the points. A None in `y` leaves a gap.
       line: "-", "--", or "" for points alone.
       marker: whether to mark the points; long curves look better without.
+      low, high: the ends of an interval around each point, drawn as a band. None: no band.
     """
 
     label: str
@@ -48,6 +49,8 @@ class Series:
     y: Sequence[float | None]
     line: Literal["-", "--", ""] = "-"
     marker: bool = True
+    low: Sequence[float] | None = None
+    high: Sequence[float] | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -111,6 +114,11 @@ class Figure:
     panels: Sequence[Panel | HeatMap]
     max_columns: int = 4
 
+    @property
+    def file(self) -> str:
+        """The name of its file."""
+        return f"{self.name}.png"
+
     def save(self, folder: Path) -> Path:
         """Draws the figure into `folder` and returns the file."""
         curves = [panel for panel in self.panels if isinstance(panel, Panel)]
@@ -136,7 +144,7 @@ class Figure:
                 _add_legend(canvas)
             if colors:
                 _add_color_bar(canvas, colors, self.panels)
-            path = folder / f"{self.name}.png"
+            path = folder / self.file
             canvas.savefig(path)
         return path
 
@@ -177,6 +185,10 @@ def _draw(axes: Axes, panel: Panel, looks: dict[str, tuple[str, str]]) -> None:
             series.x, y, color=color, label=series.label, linestyle=series.line or "none",
             marker=marker if series.marker else "", markersize=5,
         )  # fmt: skip
+        if series.low is not None and series.high is not None:
+            axes.fill_between(
+                series.x, series.low, series.high, color=color, alpha=0.2, linewidth=0
+            )
     _scale(axes, "x", panel.xscale)
     _scale(axes, "y", panel.yscale)
     axes.set(xlabel=panel.xlabel, ylabel=panel.ylabel, title=panel.title)

@@ -14,7 +14,9 @@ from lcattn.training.loop import train
 from lcattn.training.losses import LossSums, cross_entropy
 from lcattn.training.mesh import MeshConfig
 from lcattn.training.metrics import JsonlWriter, MetricWriter, TensorBoardWriter, read_jsonl
-from lcattn.training.optimizer import OptimizerConfig
+from lcattn.training.optimizer import OptimizerConfig, SGDConfig
+from lcattn.training.problem import ModelProblem, Problem, TokenProblem
+from lcattn.training.seeds import SeedsConfig, SeedsResult, train_seeds
 
 __all__ = [
     "CheckpointError",
@@ -23,10 +25,16 @@ __all__ = [
     "LossSums",
     "MeshConfig",
     "MetricWriter",
+    "ModelProblem",
     "NonFiniteLossError",
     "OptimizerConfig",
+    "Problem",
     "RunLockedError",
+    "SGDConfig",
+    "SeedsConfig",
+    "SeedsResult",
     "TensorBoardWriter",
+    "TokenProblem",
     "TrainConfig",
     "TrainResult",
     "TrainingInterrupted",
@@ -35,4 +43,5 @@ __all__ = [
     "load_model",
     "read_jsonl",
     "train",
+    "train_seeds",
 ]

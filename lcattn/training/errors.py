@@ -11,6 +11,7 @@ class NonFiniteLossError(ArithmeticError):
       step: the update at fault, counted from 1 as in the metrics.
       example_ids: the batch's examples, where the task names them.
       checkpoint: the last good checkpoint, if there is one.
+      seed: which of several seeds trained at once, None where there is one.
     """
 
     def __init__(
@@ -19,11 +20,15 @@ class NonFiniteLossError(ArithmeticError):
         values: dict[str, float],
         example_ids: Sequence[int] | None,
         checkpoint: Path | None,
+        *,
+        seed: int | None = None,
     ):
         self.step, self.example_ids, self.checkpoint = step, example_ids, checkpoint
+        self.seed = seed
+        run = "" if seed is None else f" of seed {seed}"
         ids = "not named by the task" if example_ids is None else ", ".join(map(str, example_ids))
         super().__init__(
-            f"step {step}: loss {values['loss']}, gradient norm {values['grad_norm']}; "
+            f"step {step}{run}: loss {values['loss']}, gradient norm {values['grad_norm']}; "
             f"examples of the batch: {ids}; "
             f"last good checkpoint: {checkpoint or 'none was saved'}"
         )

@@ -1,4 +1,4 @@
-"""AdamW as language models are trained with it: warm-up, decay, clipping, masked weight decay."""
+"""Optimisers: AdamW as language models are trained with it, and plain gradient descent."""
 
 import dataclasses
 from typing import Any, Literal, override
@@ -87,6 +87,44 @@ class OptimizerConfig(Config):
             return decay
         rise = optax.linear_schedule(peak / (warmup + 1), peak, warmup)
         return optax.join_schedules([rise, decay], [warmup])
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SGDConfig(Config):
+    """Gradient descent at a constant rate, as small models of learning dynamics are trained.
+
+    Attributes:
+      learning_rate: the rate.
+      momentum: decay rate of the momentum; 0: none.
+      weight_decay: added to the gradient, so that a step scales every parameter by
+        `1 - learning_rate * weight_decay`.
+      clip_norm: gradients of a larger global norm are scaled down to it. None: no clipping.
+    """
+
+    learning_rate: float = 1e-2
+    momentum: float = 0.0
+    weight_decay: float = 0.0
+    clip_norm: float | None = None
+
+    @override
+    def validate(self) -> None:
+        self.require_positive("learning_rate", "clip_norm")
+        if not 0 <= self.momentum < 1:
+            raise self.error("momentum", "a value in [0, 1)")
+        if self.weight_decay < 0:
+            raise self.error("weight_decay", "a value of at least 0")
+
+    def make(self, num_steps: int) -> tuple[optax.GradientTransformation, optax.Schedule]:
+        """The optimiser, and its learning rate by step; the length of the run changes neither."""
+        del num_steps
+        parts = [
+            optax.add_decayed_weights(self.weight_decay) if self.weight_decay else None,
+            optax.sgd(self.learning_rate, momentum=self.momentum or None),
+        ]
+        if self.clip_norm is not None:
+            parts.insert(0, optax.clip_by_global_norm(self.clip_norm))
+        chain = optax.chain(*(part for part in parts if part is not None))
+        return chain, optax.constant_schedule(self.learning_rate)
 
 
 def decayed(params: Any) -> Any:

@@ -5,10 +5,12 @@ import io
 import itertools
 import json
 
+import numpy as np
 import pytest
 from rich.console import Console
 
 from experiments import figures, reporting
+from experiments.estimates import Estimate, curve
 from experiments.figures import MARKERS, PALETTE, Figure, HeatMap, Panel, Series
 from experiments.reporting import Report, Table, show, show_bytes
 
@@ -111,3 +113,22 @@ def test_folders_without_results_of_ours(tmp_path, text):
         (tmp_path / "results.json").write_text(text)
     with pytest.raises(ValueError, match=f"{tmp_path}: "):
         reporting.regenerate(tmp_path)
+
+
+def test_estimates_over_seeds():
+    values = np.array([[1.0, 5.0], [2.0, 5.0], [3.0, 5.0]])
+    estimate = Estimate.of(values)
+    # The 0.975 quantile of t with 2 degrees of freedom is 4.3027 (any table of it).
+    np.testing.assert_allclose(estimate.margin, [4.3027 / 3**0.5, 0], rtol=1e-4)
+    line = curve("x", [0, 1], values)
+    assert (line.y, line.high[1]) == ([2, 5], 5)
+    assert line.low[0] == pytest.approx(2 - 4.3027 / 3**0.5, rel=1e-4)
+    assert str(Estimate.of([2.0])) == "2"
+    assert str(Estimate.of([1.0, 2.0, 3.0])) == "2 ± 2"
+
+
+def test_a_band_is_drawn(tmp_path):
+    panel = Panel(
+        xlabel="step", ylabel="loss (nats)", series=[curve("x", [0, 1], [[1, 2], [3, 4]])]
+    )
+    assert Figure(name="band", caption="", panels=[panel]).save(tmp_path).stat().st_size > 1000

@@ -19,10 +19,6 @@ from lcattn.training import (
 from lcattn.training.checkpoint import Checkpointer, differences, digests
 from lcattn.training.state import abstract_model, abstract_state, init_state
 
-# When a read of a damaged checkpoint fails, other reads end later, in TensorStore's threads, and
-# find Orbax's event loop closed; Python reports that on some later test of this file.
-pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-
 CONFIG = ToyConfig(dropout=0.1, width=64)
 CONFIGS = {"model": CONFIG.to_dict(), "train": {"seed": 0}}
 META = {"finished": False, "latest": {"loss": 1 / 3}, "data": {"index": 2**60}}
@@ -157,7 +153,6 @@ DAMAGE = {
 
 # What TensorStore and Orbax leave behind in their own threads when a file is broken.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_a_damaged_checkpoint_is_passed_over_and_said_so(tmp_path, damage):
     save(tmp_path, 1, 2)
@@ -195,7 +190,6 @@ def save_and_wait(checkpointer):
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_full_disk_is_one_error_and_the_last_checkpoint_stays(tmp_path):
     save(tmp_path, 1)
     checkpointer = Checkpointer(tmp_path, CONFIGS, keep=1)

@@ -3,6 +3,7 @@
 Nothing here is clever: what an op means must be readable at a glance, and share no code with it.
 """
 
+import functools
 from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
@@ -65,18 +66,21 @@ def core_context_attention(
     q, k, v = inputs["q"], inputs["k"], inputs["v"]
     out = np.zeros((*q.shape[:3], v.shape[-1]))
     shared = q.shape[2] // k.shape[2]
+
+    @functools.cache  # Every later query sees the same group.
+    def pooled(b: int, n: int, head: int, group: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+        heads = range(head * shared, (head + 1) * shared) if share_cores else [n]
+        scorer = np.mean([q[b, group[-1], h] for h in heads], axis=0)
+        weights = _softmax(k[b, group, head] @ scorer / np.sqrt(q.shape[-1]))
+        return weights @ k[b, group, head], weights @ v[b, group, head]
+
     for b, t, n, head, seen in _queries(q, k, segment_ids, causal):
         far = max(0, (seen.size - window) // group_size)
-        keys, values = [], []
-        for group in seen[: far * group_size].reshape(far, group_size):
-            scorer = q[b, group[-1], n]
-            if share_cores:
-                scorer = q[b, group[-1], head * shared : (head + 1) * shared].mean(axis=0)
-            weights = _softmax(k[b, group, head] @ scorer / np.sqrt(q.shape[-1]))
-            keys.append(weights @ k[b, group, head])
-            values.append(weights @ v[b, group, head])
+        groups = seen[: far * group_size].reshape(far, group_size).tolist()
+        cores = [pooled(b, n, head, tuple(group)) for group in groups]
         near = seen[far * group_size :]
-        keys, values = np.array([*keys, *k[b, near, head]]), np.array([*values, *v[b, near, head]])
+        keys = np.array([*(core for core, _ in cores), *k[b, near, head]])
+        values = np.array([*(core for _, core in cores), *v[b, near, head]])
         out[b, t, n] = _softmax(keys @ q[b, t, n] / np.sqrt(q.shape[-1])) @ values
     return out
 
