@@ -312,10 +312,15 @@ OPS: tuple[OpCase, ...] = (
     _softmax_case("alibi", alibi=True, is_variant=True),
     _blocks_case("lse"),
     _blocks_case("lse,window=100,alibi", alibi=True, options={"window": 100}, is_variant=True),
+    # Held against "reference", gradients included, plan by plan in tests/ops.
     _block_sparse_case(
-        "window=5,sinks=2", _window_in_blocks, options={"window": 5, "sinks": 2}
+        "window=5,sinks=2", _window_in_blocks,
+        options={"window": 5, "sinks": 2}, implementations=("xla",),
     ),
-    _block_sparse_case("documents", _documents_in_blocks, bidirectional=True, is_variant=True),
+    _block_sparse_case(
+        "documents", _documents_in_blocks,
+        bidirectional=True, implementations=("xla",), is_variant=True,
+    ),
     _linear_case("taylor", oracles.taylor, is_variant=True),
     _linear_case("taylor,chunk=8", oracles.taylor, chunk_size=8, bidirectional=True),
     _linear_case(
