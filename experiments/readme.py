@@ -99,7 +99,8 @@ def _kernel_evidence(op: str) -> str:
     """How far the op's kernel has been tried, if it has one."""
     if importlib.util.find_spec(f"pallas_kernels.{op}") is None:
         return "–"
-    return ", ".join(importlib.import_module(f"pallas_kernels.{op}").EVIDENCE)
+    evidence = importlib.import_module(f"pallas_kernels.{op}").EVIDENCE
+    return "; ".join(f"`{backend}`: {', '.join(claims)}" for backend, claims in evidence.items())
 
 
 def mixer_configs() -> Iterator[MixerConfig]:
@@ -212,7 +213,34 @@ def kernels() -> str:
             "least FLOPs, bytes and (softplus) exp2 and log2 over their rates. Errors are "
             "relative to float64: the largest of the output and all gradients."
         )
-    return "\n\n".join(parts)
+    return "\n\n".join([*parts, _compiled_for_tpus()])
+
+
+def _compiled_for_tpus() -> str:
+    """The memory that kernels take on TPUs, from compiling them: none was at hand to run them."""
+    records = {path.stem: _load(path) for path in sorted(RECORDS.glob("tpu/*.json"))}
+    rows = [
+        (
+            f"{kernel}: {row['case']}",
+            chip,
+            *(_megabytes(size) for size in (row["argument_bytes"], taken["temp_bytes"])),
+            _megabytes(max(taken["vmem_bytes"].values())),
+        )
+        for kernel, record in records.items()
+        for row in record["rows"]
+        for chip, taken in row["chips"].items()
+    ]
+    header = ("case (bfloat16), forward + backward", "TPU", "inputs", "HBM besides", "VMEM")
+    table = Table(title="Compiled for TPUs, never run: megabytes", header=header, rows=rows)
+    record = next(iter(records.values()))
+    return table.markdown() + (
+        f"\n\n`python -m benchmarks.tpu KERNEL --out benchmarks/tpu`, jax {record['jax']}, libtpu "
+        f"{record['libtpu']}. HBM besides inputs and gradients; VMEM of the kernel that takes most."
+    )
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:.1f}"
 
 
 def _benchmark_table(records: list[dict[str, Any]]) -> Table:
