@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 
 from lcattn.ops import checks, dispatch
-from lcattn.ops.block_sparse_attention import blockwise, columns, dense
+from lcattn.ops.block_sparse_attention import blockwise, columns, dense, tpu_kernel
 from lcattn.ops.block_sparse_attention.plan import BlockPlan
 from lcattn.ops.block_sparse_attention.validation import check_plan
 from lcattn.ops.merging import merge
@@ -65,8 +65,10 @@ def block_sparse_attention(
       scale: factor of the scores; default `F ** -0.5`.
       return_lse: also return the log-sum-exp of each query, `[B,T,N]` float32. Gradients flow
         through it.
-      implementation: "xla" (block by block, anywhere), "reference" (the definition, T·S memory), or
-        None for the first of them that serves the call.
+      implementation: "mosaic_tpu" (TPUs; bfloat16 or float32, blocks of 128, 256 or 512), "xla"
+        (block by block, anywhere), "reference" (the definition, T·S memory), or None for the first
+        of them that serves the call. Over several devices the kernels belong inside
+        `jax.shard_map(..., check_vma=False)`.
 
     Returns:
       `[B,T,N,H]`, or that and the log-sum-exp.
@@ -78,7 +80,9 @@ def block_sparse_attention(
     sizes = checks.check_heads(q, k, v)
     scale = checks.resolve_scale(scale, sizes.F)
     check_plan(plan, sizes)
-    run = dispatch.choose("block_sparse_attention", implementation, sizes=sizes, dtype=q.dtype)
+    run = dispatch.choose(
+        "block_sparse_attention", implementation, sizes=sizes, dtype=q.dtype, plan=plan
+    )
     out, lse = run(q, k, v, plan, scale=scale)
     return (out, lse) if return_lse else out
 
@@ -99,6 +103,9 @@ def _with_columns(attend):
 dispatch.declare(
     "block_sparse_attention",
     {
+        "mosaic_tpu": dispatch.Implementation(
+            _with_columns(tpu_kernel.attend), tpu_kernel.objection, tpu_kernel.pays
+        ),
         "xla": dispatch.Implementation(_with_columns(blockwise.attend)),
         "reference": dispatch.Implementation(dense.reference),
     },
