@@ -76,6 +76,7 @@ class Case:
       sharded: whether the batch is split over four chips, by `shard_map`.
       in_tests: whether the tests compile it too. Others take longer, though their kernels differ
         in the length of the walk only.
+      plan: name of the plan of blocks that it is given, one of `PLANS`.
     """
 
     op: str
@@ -89,6 +90,7 @@ class Case:
     packed: bool = False
     sharded: bool = False
     in_tests: bool = False
+    plan: str | None = None
 
     @property
     def name(self) -> str:
@@ -96,7 +98,7 @@ class Case:
         options = " ".join(f"{name}={value}" for name, value in self.options.items())
         sizes = " ".join(f"{name}={getattr(self, name)}" for name in "BTNKFH")
         how = "".join(f" {word}" for word in ("packed", "sharded") if getattr(self, word))
-        return f"{options}{how} {sizes}".strip()
+        return f"{self.plan or ''}{options}{how} {sizes}".strip()
 
     def arrays(self) -> tuple[jax.ShapeDtypeStruct, ...]:
         """q, k, v, and the output's gradient."""
@@ -105,19 +107,39 @@ class Case:
 
     def gradients(self, q: jax.Array, k: jax.Array, v: jax.Array, g: jax.Array):
         """The output and the gradients of q, k and v."""
-        ids = jnp.zeros(q.shape[:2], jnp.int32) if self.packed else None
-        attend = functools.partial(
-            getattr(ops, self.op), **self.options, segment_ids=ids, implementation="mosaic_tpu"
-        )
+        options = {**self.options, "implementation": "mosaic_tpu"}
+        if self.packed:
+            options["segment_ids"] = jnp.zeros(q.shape[:2], jnp.int32)
+        if self.plan is not None:
+            options["plan"] = PLANS[self.plan](self)
+        attend = functools.partial(getattr(ops, self.op), **options)
         out, pull = jax.vjp(attend, q, k, v)
         return out, *pull(g)
 
 
+def _best_blocks(case: Case) -> ops.BlockPlan:
+    """Lists of each key head, of a tenth of the blocks."""
+    count = case.T // 512
+    scores = jnp.zeros((case.B, case.K, count, count))
+    return ops.top_blocks_plan(scores, count // 10, case.T, query_block=512, key_block=512)
+
+
+PLANS = {
+    "causal": lambda case: ops.causal_plan(case.T, query_block=512, key_block=512),
+    "window of 4096, 4 sinks": lambda case: ops.sliding_window_plan(case.T, 4096, sinks=4),
+    "a tenth of the blocks": _best_blocks,
+}
+"""Plans of blocks, made in the program."""
+
 _TAYLOR = functools.partial(Case, op="linear_attention", options={"feature_map": "taylor"})
 _IDENTITY = functools.partial(Case, op="linear_attention", options={"feature_map": "identity"})
+_BLOCKS = functools.partial(Case, op="block_sparse_attention", options={})
 _LSSA = functools.partial(Case, op="softplus_attention", options={})
 _LSSAR = functools.partial(Case, op="softplus_attention", options={"power": 15.0})
 CASES = [
+    _BLOCKS(plan="causal", F=128, H=128),
+    _BLOCKS(plan="window of 4096, 4 sinks", T=65000, K=4, F=64, H=64, in_tests=True),
+    _BLOCKS(plan="a tenth of the blocks", T=131072, K=4, F=128, H=128),
     _TAYLOR(F=16, H=64, in_tests=True),
     _TAYLOR(B=4, T=1000, N=8, K=2, F=32, H=128, packed=True, sharded=True, in_tests=True),
     _IDENTITY(F=128, H=128),

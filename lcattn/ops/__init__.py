@@ -15,6 +15,16 @@ from lcattn.ops.agent_attention import (
     agent_attention_state,
     pooled_agents,
 )
+from lcattn.ops.block_sparse_attention import (
+    BlockPlan,
+    TransposedLists,
+    block_mask_plan,
+    block_sparse_attention,
+    causal_plan,
+    document_plan,
+    sliding_window_plan,
+    top_blocks_plan,
+)
 from lcattn.ops.core_context_attention import (
     CoreContextState,
     core_context_attention,
@@ -50,17 +60,23 @@ from lcattn.ops.softplus_attention import softplus_attention
 
 __all__ = [
     "AgentAttentionState",
+    "BlockPlan",
     "CoreContextState",
     "FeatureMap",
     "LinearAttentionState",
     "NeuralMemoryState",
     "RoutingAttentionState",
+    "TransposedLists",
     "UnsupportedImplementationError",
     "agent_attention",
     "agent_attention_state",
     "alibi_slopes",
+    "block_mask_plan",
+    "block_sparse_attention",
+    "causal_plan",
     "core_context_attention",
     "core_context_attention_state",
+    "document_plan",
     "gated_delta_rule",
     "gated_linear_attention",
     "hyper_attention",
@@ -77,6 +93,8 @@ __all__ = [
     "segment_positions",
     "selective_attention",
     "short_convolution",
+    "sliding_window_plan",
     "softmax_attention",
     "softplus_attention",
+    "top_blocks_plan",
 ]

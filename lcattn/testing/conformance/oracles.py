@@ -17,6 +17,7 @@ def softmax_attention(
     *,
     causal: bool = True,
     window: int | None = None,
+    sinks: int = 0,
     return_lse: bool = False,
 ) -> np.ndarray:
     """Softmax-weighted means of the visible values; with `return_lse`, its log-sum-exp appended."""
@@ -25,7 +26,7 @@ def softmax_attention(
     out = np.zeros((*q.shape[:3], v.shape[-1] + return_lse))
     for b, t, n, head, seen in _queries(q, k, segment_ids, causal):
         if window is not None:
-            seen = seen[seen > t - window]
+            seen = seen[(seen > t - window) | (seen < seen[0] + sinks)]
         x = k[b, seen, head] @ q[b, t, n] / np.sqrt(q.shape[-1]) - slopes[n] * np.abs(t - seen)
         weights = np.exp(x - x.max())
         out[b, t, n, : v.shape[-1]] = weights @ v[b, seen, head] / weights.sum()
