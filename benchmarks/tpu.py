@@ -115,7 +115,7 @@ class Case:
 
 _TAYLOR = functools.partial(Case, op="linear_attention", options={"feature_map": "taylor"})
 _IDENTITY = functools.partial(Case, op="linear_attention", options={"feature_map": "identity"})
-_LSSA = functools.partial(Case, op="softplus_attention", options={})
+_LSSA = functools.partial(Case, op="softplus_attention", options={"power": None})
 _LSSAR = functools.partial(Case, op="softplus_attention", options={"power": 15.0})
 CASES = [
     _TAYLOR(F=16, H=64, in_tests=True),
