@@ -213,8 +213,8 @@ def roll_out(name: str, study: Mapping[str, Any]) -> Figure:
             )
         )  # fmt: skip
     caption = (
-        f"{name}: the layer applied up to {len(steps)} times, each update damped. What diverges are "
-        "the few rows of largest curvature."
+        f"{name}: the layer applied up to {len(steps)} times, each update damped. What diverges "
+        "are the few rows of largest curvature."
     )
     return Figure(name=f"roll_out_{folder(name)}", caption=caption, panels=panels)
 

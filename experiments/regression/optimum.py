@@ -25,8 +25,9 @@ from lcattn.training import train_seeds
 class OptimumStudy(Study):
     """One layer of linear self-attention is trained on normal inputs and weights.
 
-    Measured are, on the same rows, by how much the loss exceeds that of the optimum; the cosine between the matrix that the layer applies and the best one, and with the identity; and
-    their relative distance.
+    Measured are, on the same rows, by how much the loss exceeds that of the optimum; the cosine
+    between the matrix that the layer applies and the best one, and with the identity; and their
+    relative distance.
 
     Attributes:
       task: draws the rows.
