@@ -172,7 +172,7 @@ class Figure:
                     case _:
                         axes.set_axis_off()
             if labels and not named:
-                _add_legend(canvas)
+                _add_legend(canvas, max_columns=min(4, 2 * columns))
             if colors:
                 _add_color_bar(canvas, colors, self.panels)
             path = folder / self.file
@@ -186,15 +186,14 @@ def _looks() -> Iterator[tuple[str, str]]:
         yield from zip(PALETTE, MARKERS[turn:] + MARKERS[:turn], strict=True)
 
 
-def _add_legend(canvas: Canvas) -> None:
+def _add_legend(canvas: Canvas, max_columns: int) -> None:
     handles = {
         label: handle
         for axes in canvas.axes
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
     }
-    canvas.legend(
-        handles.values(), handles.keys(), loc="outside lower center", ncols=min(len(handles), 4)
-    )
+    ncols = min(len(handles), max_columns)
+    canvas.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=ncols)
 
 
 def _add_color_bar(

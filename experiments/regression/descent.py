@@ -58,7 +58,7 @@ class DescentStudy(Study):
     model: LSAConfig
     batch_size: int = 2048
     eval_size: int = 1000
-    final_size: int = 10_000
+    final_size: int = 20_000
     fit_steps: int = 400
     probe: bool = False
     scales: tuple[float, ...] = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0)
@@ -188,7 +188,7 @@ class _Probe:
 
     def roll_out(self) -> dict[str, Any]:
         """Half the squared error after each of many applications, by damping."""
-        batch = self.study.task.sample(evaluation_key(), self.study.eval_size)
+        batch = self.study.task.sample(evaluation_key(), self.study.final_size)
 
         @jax.jit
         @jax.vmap

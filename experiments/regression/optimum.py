@@ -25,9 +25,9 @@ from lcattn.training import train_seeds
 class OptimumStudy(Study):
     """One layer of linear self-attention is trained on normal inputs and weights.
 
-    Measured are, on the same rows, the loss over that of the optimum ("loss / optimal loss"); the
-    cosine between the matrix that the layer applies and the best one, and with the identity; and
-    their relative distance.
+    Measured are, on the same rows, by how much the loss exceeds that of the optimum; the cosine
+    between the matrix that the layer applies and the best one, and with the identity; and their
+    relative distance.
 
     Attributes:
       task: draws the rows.
@@ -68,7 +68,7 @@ class OptimumStudy(Study):
         size = np.linalg.norm(best.matrix)
         measured = {
             "loss": losses,
-            "loss / optimal loss": losses / least,
+            "excess loss (%)": 100 * (losses / least - 1),
             "cosine with M*": [matrix_cosine(m, best.matrix) for m in matrices],
             "cosine with I": [matrix_cosine(m, np.eye(self.task.dim)) for m in matrices],
             "|M - M*| / |M*|": [np.linalg.norm(m - best.matrix) / size for m in matrices],

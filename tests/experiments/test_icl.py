@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import cli, icl_algorithms, icl_gd, icl_mixers, regression, reporting
+from experiments import cli, icl_algorithms, icl_gd, icl_mixers, regression
 from lcattn.training import SeedsResult
 
 SHARED = """
@@ -173,8 +173,6 @@ def test_descent_end_to_end(tmp_path):
     assert pictures == {
         "learning", "weights", "shifts_1_layer", "roll_out_1_layer", "optimum", "representation"
     }  # fmt: skip
-    reporting.regenerate(tmp_path / "run")
-    assert (tmp_path / "run/report.md").read_text() == text
 
 
 def test_mechanisms_end_to_end(tmp_path):

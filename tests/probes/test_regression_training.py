@@ -1,5 +1,7 @@
 """Training finds the step of gradient descent; what problems record is what they say."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,33 +21,31 @@ from lcattn.training import OptimizerConfig, SeedsConfig, train_seeds
 TASK = LinearRegressionConfig(dim=2, num_examples=4, law="normal")
 
 
-def test_training_reaches_the_optimum():
-    """Over plain gradient descent: inputs are anisotropic, so the best step is preconditioned."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FromDescent(RegressionProblem):
+    """Starts as a step of gradient descent: small random weights may sit on a plateau for long."""
+
+    def init(self, key):
+        step = probes.gradient_step(self.task.dim, 0.5, self.task.num_examples)
+        return {"layers": {0: vars(step)}}, {}
+
+
+def test_training_leaves_plain_descent_for_the_optimum():
+    """Inputs are anisotropic, so that the best step is preconditioned."""
     task = TASK.replace(
         covariance=random_covariance(2, condition=4.0),
         teacher_covariance=random_covariance(2, condition=4.0, inverse=True),
     )
     best = probes.optimum(task)
-    problem = RegressionProblem(
-        model=probes.LSAConfig(token_size=3), task=task, batch_size=64, eval_size=500,
-        references={"GD": DescentConfig(rates=(0.5,))},
-    )  # fmt: skip
-    optimizer = OptimizerConfig(
-        learning_rate=2e-2, beta2=0.98, weight_decay=0.0, clip_norm=10.0, final_lr_fraction=0.0
-    )
-    result = train_seeds(problem, SeedsConfig(num_steps=1500, num_seeds=3, optimizer=optimizer))
-    # A seed may sit on the plateau of the start, so the best one is looked at.
-    seed = int(result.final("loss").argmin())
-    params, state = (
-        jax.tree.map(lambda a: a[seed], tree) for tree in (result.params, result.model_state)
-    )
-    found = probes.recover_matrix(problem.predictor(params, state), task, jax.random.key(0), 2000)
-    assert probes.matrix_cosine(found, best.matrix) > 0.99 > probes.matrix_cosine(found, np.eye(2))
-    batch = task.sample(probes.evaluation_key(), 500)
-    b = probes.learners.correlation(batch.x, batch.y)
-    said = jnp.einsum("bi,ij,bj->b", batch.query, jnp.asarray(best.matrix, jnp.float32), b)
-    optimal = probes.half_mse(said, batch.target)
-    assert result.final("loss")[seed] == pytest.approx(float(optimal), rel=0.03)
+    model = probes.LSAConfig(token_size=3)
+    problem = FromDescent(model=model, task=task, batch_size=128, eval_size=500)
+    optimizer = OptimizerConfig(learning_rate=1e-2, weight_decay=0.0, final_lr_fraction=0.0)
+    result = train_seeds(problem, SeedsConfig(num_steps=500, num_seeds=1, optimizer=optimizer))
+    params = jax.tree.map(lambda a: a[0], result.params)
+    found = probes.recover_matrix(problem.predictor(params, {}), task, jax.random.key(0), 2000)
+    assert probes.matrix_cosine(np.eye(2), best.matrix) < 0.93
+    assert probes.matrix_cosine(found, best.matrix) > 0.99
+    assert probes.risk(np.asarray(found, np.float64), task) == pytest.approx(best.risk, rel=0.02)
 
 
 def test_a_mixer_as_the_layer_is_linear_self_attention():
