@@ -18,7 +18,7 @@
 #
 # A model that has seen `A B` answers a second `A` with `B`. When does it learn that, which heads do
 # it, and how can one tell where there are no attention maps? Everything here runs on a CPU in about
-# a minute, on several seeds at once; `python -m experiments.induction_heads` and
+# a minute, on three seeds at once; `python -m experiments.induction_heads` and
 # `python -m experiments.in_context_classification` are the longer versions.
 
 # %% tags=["skip-execution"]
@@ -46,7 +46,7 @@ data.rows(jax.random.key(0), 3)
 #
 # An induction head looks for the token *after* an earlier copy of its own. With plain keys that
 # takes two layers. A smeared key (Olsson et al. 2022) holds some of the token before, and one layer
-# is enough. `train_seeds` trains five seeds as one program.
+# is enough. `train_seeds` trains three seeds as one program.
 
 
 # %%
@@ -64,8 +64,9 @@ problems = {
     "smeared keys": problem(nn.SmearedAttentionConfig(num_heads=2)),
 }
 run = training.SeedsConfig(
-    num_steps=200,
-    eval_every=20,
+    num_steps=150,
+    num_seeds=3,
+    eval_every=15,
     optimizer=training.OptimizerConfig(learning_rate=1e-2, schedule="constant", weight_decay=0.0),
 )
 results = {name: training.train_seeds(each, run) for name, each in problems.items()}
@@ -144,7 +145,7 @@ two = classification.ItemLabelProblem(
 )
 descent = training.SGDConfig(learning_rate=0.3, clip_norm=1.0)
 learned = training.train_seeds(
-    two, training.SeedsConfig(num_steps=600, eval_every=40, optimizer=descent)
+    two, training.SeedsConfig(num_steps=600, num_seeds=3, eval_every=60, optimizer=descent)
 )
 figure, axes = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
 for name in ("context_label", "ic/accuracy", "first_to_item", "second_to_right_labels"):
