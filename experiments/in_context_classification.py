@@ -264,8 +264,9 @@ def comparison(results: Mapping[str, Any]) -> Table:
         except (KeyError, ValueError):
             continue
         difference = f"{ours.mean - quoted.number:+.2g}"
-        rows.append((quoted.what, quoted.number, quoted.source, str(ours), difference))
-    header = ("figure", "quoted", "source", "ours", "difference")
+        by_seed = ", ".join(f"{x:.3g}" for x in quoted.ours(results))
+        rows.append((quoted.what, quoted.number, quoted.source, str(ours), difference, by_seed))
+    header = ("figure", "quoted", "source", "ours", "difference", "ours, by seed")
     return Table(title="Quoted figures beside ours", header=header, rows=rows)
 
 

@@ -7,6 +7,7 @@ predicted from themselves (`lcattn.tasks.repeated`); what is measured is describ
 `lcattn.probes`. Source: Olsson et al. (2022), arXiv 2209.11895.
 """
 
+import itertools
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -188,9 +189,9 @@ def report(results: Mapping[str, Any]) -> Report:
         table(models),
         "A *copied* answer is one that changes with nothing but its source "
         "(`counterfactual_copy`): 1 for a copier, 0 for whoever knows answers by heart. Prefix "
-        "matching and the previous token are those of the strongest head over all layers; a dash: no layer has an attention "
-        "map. The window is where the in-context score falls fastest (at half of the largest rate "
-        "or more), median over seeds.",
+        "matching and the previous token are those of the strongest head over all layers; a dash: "
+        "no layer has an attention map. The window is where the in-context score falls fastest (at "
+        "half of the largest rate or more), median over seeds.",
     ]
     if any(quoted.model in models for quoted in QUOTED):
         blocks += [
@@ -199,8 +200,8 @@ def report(results: Mapping[str, Any]) -> Report:
             "1e-3 and one seed; the paper's own models are language models of up to 13 billion "
             "parameters. It says of them: the in-context score changes by 0.15 to 0.4 nats in one "
             "short window, together with prefix matching; models of one layer never do it, unless "
-            "keys are smeared. What the probes of attention call a prefix-matching head is one way to "
-            "copy: the table of seeds shows those that copy by another.",
+            "keys are smeared. A prefix-matching head is one way to copy: the table of seeds shows "
+            "those that found another.",
         ]
     if any(heads(run) for run in models.values()):
         blocks += [*phase_changes(models), copiers(models)]
@@ -296,25 +297,31 @@ def _phase_change(model: str, run: Mapping[str, Any]) -> Figure:
 
 
 def copiers(models: Mapping[str, Any]) -> Figure:
-    """Prefix matching against copying, a point for each head of each seed."""
-    series = [
-        Series(
-            label=f"{model}: layer {layer}",
-            x=np.ravel(matching[-1]).tolist(),
-            y=np.ravel(run["heads"]["copying"][layer][-1]).tolist(),
-            line="",
-        )
-        for model, run in models.items()
-        for layer, matching in run["heads"]["prefix_matching"].items()
-        if layer in run["heads"]["copying"]
-    ]
+    """Prefix matching against copying and the previous token, a point for each head and seed."""
+
+    def panel(name: str, ylim: tuple[float, float]) -> Panel:
+        series = [
+            Series(
+                label=f"{model}: layer {layer}",
+                x=np.ravel(matching[-1]).tolist(),
+                y=np.ravel(run["heads"][name][layer][-1]).tolist(),
+                line="",
+            )
+            for model, run in models.items()
+            for layer, matching in run["heads"]["prefix_matching"].items()
+            if layer in run["heads"][name]
+        ]
+        ylabel = name.replace("_", " ")
+        return Panel(xlabel="prefix matching", ylabel=ylabel, series=series, ylim=ylim)
+
     caption = (
-        "After training, a point for each head of each seed: prefix matching, and how far a head "
-        "raises the logits of tokens it attends to above those of others in the row (-1 to 1; "
-        "-0.92 by chance among 25 tokens). Induction heads do both: top right."
+        "After training, a point for each head of each seed. Copying: how far a head raises the "
+        "logits of tokens it attends to above those of others in the row, from -1 to 1, -0.92 by "
+        "chance. Induction heads match and copy; a head of an earlier layer brings them the token "
+        "before."
     )
-    panel = Panel(xlabel="prefix matching", ylabel="copying", series=series, ylim=(-1.05, 1.05))
-    return Figure(name="copying", caption=caption, panels=[panel])
+    panels = [panel("copying", (-1.05, 1.05)), panel("previous_token", _SHARES)]
+    return Figure(name="copying", caption=caption, panels=panels)
 
 
 def occlusion_maps(models: Mapping[str, Any], period: int) -> Figure:
@@ -346,25 +353,38 @@ def slopes(models: Mapping[str, Any]) -> Figure:
     """By how much the loss falls with the log of the position, over training."""
     panels = []
     for model, run in models.items():
-        slope = probes.loss_slope(np.asarray(run["loss_by_position"], np.float64))
+        bands, values = _slopes(np.asarray(run["loss_by_position"], np.float64))
         panels.append(
             HeatMap(
                 title=model,
                 xlabel="steps",
                 ylabel="position",
                 columns=[str(step) for step in run["steps"]],
-                rows=[str(position + 1) for position in range(slope.shape[1])],
-                values=slope.T.tolist(),
-                limits=(-5.0, 5.0),
+                rows=[str(position) for position in bands],
+                values=values.T.tolist(),
+                limits=(-4.0, 4.0),
                 label="d loss / d log position (nats)",
                 written=False,
             )
         )
     caption = (
-        "The slope of the loss against the log of the position, mean over seeds. Negative where "
-        "more context helps; before the change hardly anywhere."
+        "The slope of the loss against the log of the position, over bands of positions that grow "
+        "with these, mean over seeds. Negative where more context helps: from the second copy on."
     )
     return Figure(name="slopes", caption=caption, panels=panels)
+
+
+def _slopes(by_position: np.ndarray, bands: int = 12) -> tuple[list[int], np.ndarray]:
+    """Where bands of positions end, and the slope from each to the next, `[E, bands]`.
+
+    Single positions are too noisy for differences: their rows are few.
+    """
+    length = by_position.shape[1]
+    edges = np.unique(np.geomspace(1, length, bands + 2).astype(int))
+    pairs = list(itertools.pairwise(edges))
+    losses = np.stack([by_position[:, a - 1 : b - 1].mean(axis=1) for a, b in pairs], axis=1)
+    centers = np.array([np.log(np.arange(a, b)).mean() for a, b in pairs])
+    return [int(b) for _, b in pairs[:-1]], np.diff(losses, axis=1) / np.diff(centers)
 
 
 def turns(paths: Mapping[str, Any]) -> Figure:

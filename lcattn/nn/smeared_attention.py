@@ -55,8 +55,8 @@ class SmearedAttention(SoftmaxAttention):
 
     op = "softmax_attention"
 
-    @override
     def __init__(self, config: SmearedAttentionConfig, rngs: nnx.Rngs):
+        """Args: `config`, with its width set; `rngs`, for the parameters."""
         super().__init__(config, rngs)
         self.alpha = nnx.Param(
             jnp.full((config.kv_heads,), config.smear_init, jnp.float32), axes=(None,)

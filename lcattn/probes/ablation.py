@@ -8,6 +8,7 @@ from flax import nnx
 from lcattn.errors import argument_error
 from lcattn.models import LM
 from lcattn.nn import HeadsMixer
+from lcattn.probes.attention import heads_mixer
 from lcattn.typing import Array, Float, Logits, Tokens
 
 Kept = Mapping[int, Float[Array, "N"]]
@@ -22,7 +23,7 @@ def keep_heads(model: LM, kept: Kept) -> LM:
     """
     copy = nnx.clone(model)
     for layer, mask in kept.items():
-        mixer = _heads_mixer(copy, layer, mask)
+        mixer = _mixer(copy, layer, mask)
         config, kernel = mixer.config, mixer.out.kernel
         rows = kernel[...].reshape(config.num_heads, config.head_size, -1)
         scaled = rows * mask[:, None, None].astype(rows.dtype)
@@ -51,7 +52,7 @@ def with_patterns(
         if layer not in patterns:
             h, _ = block(h, None, None, tokens)
             continue
-        mixer = _heads_mixer(model, layer, patterns[layer][0, :, 0, 0])
+        mixer = _mixer(model, layer, patterns[layer][0, :, 0, 0])
         x = block.norm(h)
         v = mixer.project(x)[2]
         v = jnp.repeat(v, mixer.config.num_heads // mixer.config.kv_heads, axis=2)
@@ -60,13 +61,9 @@ def with_patterns(
     return model.unembed(h)[0]
 
 
-def _heads_mixer(model: LM, layer: int, mask: Array) -> HeadsMixer:
+def _mixer(model: LM, layer: int, mask: Array) -> HeadsMixer:
     """The mixer of a layer, which has as many heads as the mask."""
-    if not 0 <= layer < len(model.blocks):
-        raise argument_error("layer", f"0 to {len(model.blocks) - 1}", layer)
-    mixer = model.blocks[layer].mixer
-    if not isinstance(mixer, HeadsMixer):
-        raise argument_error(f"layer {layer}", "a mixer with heads", type(mixer).__name__)
+    mixer = heads_mixer(model, layer)
     if mask.shape != (mixer.config.num_heads,):
         raise argument_error(f"layer {layer}", f"{mixer.config.num_heads} heads", mask.shape)
     return mixer

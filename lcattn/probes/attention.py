@@ -131,16 +131,27 @@ def k_composition(model: LM, early: int, late: int) -> Float[Array, "N N"]:
     """
     if not 0 <= early < late < len(model.blocks):
         raise argument_error("early, late", "0 <= early < late < layers", f"{early}, {late}")
-    below, above = model.blocks[early].mixer, model.blocks[late].mixer
-    for name, mixer in (("early", below), ("late", above)):
-        if not isinstance(mixer, HeadsMixer):
-            raise argument_error(name, "a layer with heads", type(mixer).__name__)
+    below, above = heads_mixer(model, early), heads_mixer(model, late)
     table = model.embedding.embedding[...][None]  # as one row of all tokens
     q, _, _ = above.split(above.query(table), above.key(table), above.value(table))
     brought = value_outputs(below, table)[0].swapaxes(0, 1)  # [n,V,D]
     _, k, _ = above.split(above.query(brought), above.key(brought), above.value(brought))
     k = jnp.repeat(k, above.config.num_heads // above.config.kv_heads, axis=2)
     return jnp.einsum("vlf,evlf->el", q[0], k)
+
+
+def heads_mixer(model: LM, layer: int) -> HeadsMixer:
+    """The mixer of a layer that has heads.
+
+    Raises:
+      ValueError: if the layer does not exist or has none.
+    """
+    if not 0 <= layer < len(model.blocks):
+        raise argument_error("layer", f"0 to {len(model.blocks) - 1}", layer)
+    mixer = model.blocks[layer].mixer
+    if not isinstance(mixer, HeadsMixer):
+        raise argument_error(f"layer {layer}", "a mixer with heads", type(mixer).__name__)
+    return mixer
 
 
 def _shifted(copies: Bool[Array, "B T T"], offset: int) -> Bool[Array, "B T T"]:

@@ -79,7 +79,7 @@ class InductionProblem(TokenProblem):
         model.eval()
         return {**self._losses(model), **self._repeats(model), **self._heads(model)}
 
-    def _losses(self, model: LM) -> dict[str, Array]:
+    def _losses(self, model: Any) -> dict[str, Array]:
         batch = _next_token(self.data.rows(_ROWS, self.eval_rows))
         per_token = losses.token_losses(model(batch["tokens"]), batch["targets"])
         chosen = jax.random.permutation(_CHOICE, per_token.size)[: self.num_token_losses]
@@ -90,7 +90,7 @@ class InductionProblem(TokenProblem):
             "in_context_score": losses.in_context_score(per_token, *self.positions),
         }
 
-    def _repeats(self, model: LM) -> dict[str, Array]:
+    def _repeats(self, model: Any) -> dict[str, Array]:
         tokens = self._blocks(_BLOCKS, self.copies)
         logits, targets = model(tokens[:, :-1]), tokens[:, 1:]
         per_token = losses.token_losses(logits, targets)
