@@ -118,6 +118,8 @@ def report(results: Mapping[str, Any]) -> Report:
             f"Exact match: the share of answers without a mistake. {run['steps'][-1]:,} steps of "
             f"{results['batch_size']} rows; means over {len(run['losses'][0])} seeds with their "
             f"95 % intervals. {reporting.took(results['seconds'])}",
+            "Where answers of training lengths have mistakes, the task was not learned in these "
+            "steps, and what longer ones show is not a failure to generalise.",
             figure(tasks),
             exact_match_table(tasks),
             published_table(tasks),
@@ -134,7 +136,7 @@ def figure(tasks: Mapping[str, Any]) -> Figure:
     panels = [
         Panel(
             title=name,
-            xlabel="length (the dashed line ends the training lengths)",
+            xlabel="length",
             ylabel="exact match",
             series=[
                 *(
