@@ -107,7 +107,8 @@ def report(results: Mapping[str, Any]) -> Report:
             published_table(runs),
             "The words of the held-out set have the embeddings of a new model at each evaluation, "
             "which comes before the reset of its step, if there is one. 'By heart' is the share of "
-            "rows with exchanged classes that are answered by the classes of the words.",
+            "rows with exchanged classes that are answered by the classes of the words. Embeddings "
+            "are also the output layer here, so a new word competes with trained ones.",
         ],
     )
 

@@ -6,8 +6,6 @@ Interrupted, the same command continues where it stopped. After Akyürek et al. 
 2401.12973): transformers do better than recurrent models, and n-gram heads help both.
 """
 
-import itertools
-import math
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -78,6 +76,7 @@ def languages(
     if not problems:
         raise argument_error("languages.models", "at least one", "none")
     runs: dict[str, dict[str, Any]] = {name: {} for name in models}
+    edges = bin_edges(data.make().test.weights)
     for (name, count), problem in problems.items():
         print(f"{name}, {count:,} rows", flush=True)
         result = train_seeds(problem, training, run_dir / "models" / folder(f"{name}_{count}"))
@@ -85,7 +84,7 @@ def languages(
             "steps": result.steps.tolist(),
             "losses": result.losses.tolist(),
             "num_parameters": sum(p[0].size for p in jax.tree.leaves(result.params)),
-            **{key: values.tolist() for key, values in result.metrics.items()},
+            **summary(result.metrics, edges),
         }
         jax.clear_caches()  # Programs hold memory maps, of which a process has only so many.
     results = {
@@ -95,23 +94,41 @@ def languages(
         "data": data.to_dict(),
         "batch_size": batch_size,
         "models": runs,
-        "baselines": dict(count_models(data, orders)),
+        "edges": edges,
+        "baselines": dict(count_models(data, orders, edges)),
     }
     reporting.publish(results, report, run_dir)
 
 
+def bin_edges(weights: np.ndarray) -> list[int]:
+    """Where the bins of positions begin and end, the longest row's end included."""
+    end = np.flatnonzero(weights.any(axis=0))[-1] + 1
+    return np.unique(np.linspace(0, end, BINS + 1).astype(int)).tolist()
+
+
+def summary(metrics: Mapping[str, Any], edges: Sequence[int]) -> dict[str, Any]:
+    """Of scores `[E, S, T]`: `tvd` and `accuracy` `[E, S]`, and `_at` bins of positions the sums of
+    the last evaluation, `[S, bins]`.
+    """
+    sums = {key: np.asarray(values, np.float64) for key, values in metrics.items()}
+    total = {key: values.sum(axis=-1) for key, values in sums.items()}
+    means = {name: total[f"{name}_at"] / total["letters_at"] for name in METRICS}
+    last = {key: np.add.reduceat(values[-1], edges[:-1], axis=-1) for key, values in sums.items()}
+    return {key: values.tolist() for key, values in (means | last).items()}
+
+
 def count_models(
-    data: LanguagesConfig, orders: Sequence[int]
-) -> Iterator[tuple[str, dict[str, list[float]]]]:
-    """The scores of n-gram models on the test rows, by name."""
+    data: LanguagesConfig, orders: Sequence[int], edges: Sequence[int]
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The scores of n-gram models on the test rows, by name, as those of one seed."""
     if not orders:
         return
     rows = data.make().test
     laws = np.stack([backoff_laws(data, row, max(orders)) for row in rows.tokens.tolist()], axis=1)
     for order in orders:
         arrays = (jnp.asarray(array) for array in (laws[order - 1], rows.law, rows.weights))
-        scores = language_scores(*arrays)
-        yield f"{order}-gram", {key: np.asarray(value).tolist() for key, value in scores.items()}
+        scores = {key: value[None, None] for key, value in language_scores(*arrays).items()}
+        yield f"{order}-gram", summary(scores, edges)
 
 
 def report(results: Mapping[str, Any]) -> Report:
@@ -151,7 +168,7 @@ def learning_figure(results: Mapping[str, Any]) -> Figure:
             run = runs[_most(runs)]
             seen = [step * results["batch_size"] for step in run["steps"]]
             # Before training every model is as bad as the next.
-            yield curve(name, seen[1:], _score(run, metric).T[:, 1:], marker=True)
+            yield curve(name, seen[1:], np.asarray(run[metric]).T[:, 1:], marker=True)
         yield from _flat(results, metric, seen[1], seen[-1])
 
     caption = (
@@ -167,7 +184,7 @@ def instances_figure(results: Mapping[str, Any]) -> Figure:
     def series(metric: str) -> Iterator[Series]:
         for name, runs in results["models"].items():
             counts = sorted(runs, key=int)
-            final = np.stack([_score(runs[count], metric)[-1] for count in counts], axis=1)
+            final = np.stack([runs[count][metric][-1] for count in counts], axis=1)
             numbers = [int(count) for count in counts]
             yield curve(name, numbers, final, marker=True)
         yield from _flat(results, metric, numbers[0], numbers[-1])
@@ -189,27 +206,22 @@ def _panels(series: Any, xlabel: str) -> list[Panel]:
 
 def _flat(results: Mapping[str, Any], metric: str, first: int, last: int) -> Iterator[Series]:
     for name, scores in results["baselines"].items():
-        y = float(_score(scores, metric))
-        yield Series(label=name, x=[first, last], y=[y, y], line="--", marker=False)
+        yield Series(label=name, x=[first, last], y=scores[metric][0] * 2, line="--", marker=False)
 
 
 def position_figure(results: Mapping[str, Any]) -> Figure:
     """Accuracy against the position in the row."""
-    letters = np.asarray(_any_run(results["models"])["letters_at"][-1])[0]
-    end = np.flatnonzero(letters)[-1] + 1  # where the longest row ends
-    edges = np.unique(np.linspace(0, end, BINS + 1).astype(int))
+    edges = np.asarray(results["edges"])
     middles = ((edges[1:] + edges[:-1]) / 2).tolist()
 
     def binned(scores: Mapping[str, Any]) -> np.ndarray:
-        pieces = [_score(scores, "accuracy", a, b) for a, b in itertools.pairwise(edges)]
-        return np.stack(pieces, axis=-1)
+        return np.divide(scores["accuracy_at"], scores["letters_at"])
 
     series = [
-        curve(name, middles, binned(_last(runs[_most(runs)])))
-        for name, runs in results["models"].items()
+        curve(name, middles, binned(runs[_most(runs)])) for name, runs in results["models"].items()
     ]
     series += [
-        Series(label=name, x=middles, y=binned(scores).tolist(), line="--", marker=False)
+        Series(label=name, x=middles, y=binned(scores)[0].tolist(), line="--", marker=False)
         for name, scores in results["baselines"].items()
     ]
     panel = Panel(
@@ -222,62 +234,46 @@ def position_figure(results: Mapping[str, Any]) -> Figure:
 
 def model_table(results: Mapping[str, Any]) -> Table:
     """Every model, all positions and the second half of the row."""
-    half = results["data"]["length"] // 2
     rows = [
-        (name, int(count), *_scores(run, half), Estimate.of(run["losses"][-1]),
-         run["num_parameters"])
+        (name, int(count), *_scores(run), Estimate.of(run["losses"][-1]), run["num_parameters"])
         for name, runs in results["models"].items()
         for count, run in runs.items()
-    ]  # fmt: skip
+    ]
     rows += [
-        (name, None, *_scores(scores, half), None, None)
-        for name, scores in results["baselines"].items()
+        (name, None, *_scores(scores), None, None) for name, scores in results["baselines"].items()
     ]
     header = (
-        "model", "training rows", "TVD", "accuracy", f"TVD from {half}", f"accuracy from {half}",
-        "training loss (nats)", "parameters",
+        "model", "training rows", *_score_names(results), "training loss (nats)", "parameters",
     )  # fmt: skip
     return Table(title="Trained models and counting", header=header, rows=rows)
 
 
 def reference_table(results: Mapping[str, Any]) -> Table:
     """The reference figures beside ours, with the differences."""
-    half = results["data"]["length"] // 2
-    ours = {name: _scores(runs[_most(runs)], half) for name, runs in results["models"].items()}
-    ours |= {name: _scores(scores, half) for name, scores in results["baselines"].items()}
-    names = ("TVD", "accuracy", f"TVD from {half}", f"accuracy from {half}")
+    ours = {name: _scores(runs[_most(runs)]) for name, runs in results["models"].items()}
+    ours |= {name: _scores(scores) for name, scores in results["baselines"].items()}
     rows = [
         (name, what, quoted, found, float(found.mean) - quoted)
         for name, figures in REFERENCE.items()
         if name in ours
-        for what, quoted, found in zip(names, figures, ours[name], strict=True)
+        for what, quoted, found in zip(_score_names(results), figures, ours[name], strict=True)
         if quoted is not None
     ]
     header = ("model", "", "reference", "ours", "difference")
     return Table(title="Reference and ours", header=header, rows=rows)
 
 
-def _scores(run: Mapping[str, Any], half: int) -> list[Estimate]:
+def _score_names(results: Mapping[str, Any]) -> list[str]:
+    edges = results["edges"]
+    return ["TVD", "accuracy", *(f"{s} from {edges[len(edges) // 2]}" for s in ("TVD", "accuracy"))]
+
+
+def _scores(run: Mapping[str, Any]) -> list[Estimate]:
     """TVD and accuracy over all positions, then over the second half."""
-    run = _last(run) if "steps" in run else run
-    return [
-        Estimate.of(np.atleast_1d(_score(run, metric, start)))
-        for start in (0, half)
-        for metric in METRICS
-    ]
-
-
-def _score(run: Mapping[str, Any], metric: str, start: int = 0, end: int | None = None) -> Any:
-    """The mean over the letters of some positions; the last axis of what was recorded is gone."""
-    sums, letters = (
-        np.asarray(run[key])[..., start:end].sum(axis=-1) for key in (f"{metric}_at", "letters_at")
-    )
-    return np.divide(sums, letters, out=np.full(np.shape(sums), math.nan), where=letters > 0)
-
-
-def _last(run: Mapping[str, Any]) -> dict[str, Any]:
-    """The last evaluation."""
-    return {key: run[key][-1] for key in ("tvd_at", "accuracy_at", "letters_at")}
+    half = (len(run["letters_at"][0]) + 1) // 2
+    letters = np.asarray(run["letters_at"])[:, half:].sum(axis=1)
+    late = (np.asarray(run[f"{name}_at"])[:, half:].sum(axis=1) / letters for name in METRICS)
+    return [Estimate.of(values) for values in (*(run[name][-1] for name in METRICS), *late)]
 
 
 def _most(runs: Mapping[str, Any]) -> str:

@@ -98,7 +98,6 @@ def length_generalization(
                 "hint": data.hint,
                 "train_length": data.train_length,
                 "test_lengths": data.test_lengths,
-                "has_program": (data.task, data.hint) in PROGRAMS,
                 "models": runs[name],
             }
             for name, data in tasks.items()
@@ -118,13 +117,15 @@ def report(results: Mapping[str, Any]) -> Report:
             f"Exact match: the share of answers without a mistake. {run['steps'][-1]:,} steps of "
             f"{results['batch_size']} rows; means over {len(run['losses'][0])} seeds with their "
             f"95 % intervals. {reporting.took(results['seconds'])}",
+            "Where answers of training lengths have mistakes, the task was not learned in these "
+            "steps, and what longer ones show is not a failure to generalise.",
             figure(tasks),
             exact_match_table(tasks),
             published_table(tasks),
             "Published figures are quoted from the result files of arXiv 2305.19466 (mean of three "
             "seeds; trained on up to 20 tokens, models of T5-base size, rotary on a quarter of the "
             "channels) and the text of arXiv 2310.00726 (sorting of lists of 100 after training on "
-            "up to 20). Ours stand at the nearest length relative to the training length.",
+            "up to 20). Ours stand at the nearest length beyond, relative to that of training.",
         ],
     )
 
@@ -134,7 +135,7 @@ def figure(tasks: Mapping[str, Any]) -> Figure:
     panels = [
         Panel(
             title=name,
-            xlabel="length (the dashed line ends the training lengths)",
+            xlabel="length",
             ylabel="exact match",
             series=[
                 *(
@@ -158,13 +159,19 @@ def exact_match_table(tasks: Mapping[str, Any]) -> Table:
     """Every task and model, by length as a multiple of the training length."""
     lengths = next(iter(tasks.values()))["test_lengths"]
     rows = [
-        (name, model, "yes" if task["has_program"] else "no", *map(Estimate.of, _exact(run).T))
+        (name, model, "yes" if _has_program(task) else "no", *map(Estimate.of, _exact(run).T))
         for name, task in tasks.items()
         for model, run in task["models"].items()
         if task["test_lengths"] == lengths
     ]
     header = ("task", "model", "RASP-L program", *(f"length {length}" for length in lengths))
     return Table(title="Exact match by length", header=header, rows=rows)
+
+
+def _has_program(task: Mapping[str, Any]) -> bool:
+    """Whether what is judged has a short program; hints to sorting are in training rows alone."""
+    hint = None if task["task"] == "sort" else task["hint"]
+    return (task["task"], hint) in PROGRAMS
 
 
 def published_table(tasks: Mapping[str, Any]) -> Table:
@@ -194,9 +201,12 @@ def _published(task: Mapping[str, Any], model: str) -> Iterator[tuple[float, flo
 def _nearest(
     task: Mapping[str, Any], run: Mapping[str, Any], factor: float
 ) -> tuple[float, Estimate]:
-    """Our exact match at the test length nearest to a multiple of the training length."""
+    """Our exact match at the test length nearest to a multiple of the training length, beyond it.
+
+    What was trained is no measure of what was not.
+    """
     factors = np.asarray(task["test_lengths"]) / task["train_length"]
-    place = int(abs(factors - factor).argmin())
+    place = int(np.where(factors > 1, abs(factors - factor), np.inf).argmin())
     return float(factors[place]), Estimate.of(_exact(run)[:, place])
 
 

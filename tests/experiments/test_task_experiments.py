@@ -83,8 +83,9 @@ def run(script, config, tmp_path):
 def test_languages_end_to_end(tmp_path):
     results, text = run(languages.languages, LANGUAGES, tmp_path)
     runs = results["models"]["softmax"]
-    last = {key: np.asarray(v[-1]) for key, v in runs["8"].items() if key.endswith("_at")}
+    last = {key: np.asarray(v) for key, v in runs["8"].items() if key.endswith("_at")}
     accuracy = last["accuracy_at"].sum(axis=-1) / last["letters_at"].sum(axis=-1)
+    np.testing.assert_allclose(accuracy, runs["8"]["accuracy"][-1])
     tables = languages.reference_table(results).rows
     assert {row[0] for row in tables} == {"softmax", "2-gram", "3-gram", "4-gram"}
     [ours] = [row[3] for row in tables if row[:2] == ("softmax", "accuracy")]
