@@ -143,6 +143,20 @@ def test_launch_parameters():
         TpuLaunchConfig(strip=64)
 
 
-def test_compiles_for_every_tpu():
-    jax.jit(lambda x: x)  # the check lowers for TPU: lowering_platforms=("tpu",)
+def test_gradients_lower_for_tpu(monkeypatch):
+    monkeypatch.undo()
+    monkeypatch.setattr(tpu_kernel.dispatch, "default_platform", lambda: "tpu")
+
+    def loss(q, k, v):
+        plan = sliding_window_plan(4096, 1024, sinks=4)
+        out = block_sparse_attention(q, k, v, plan, implementation="mosaic_tpu")
+        return jnp.square(out.astype(jnp.float32)).sum()
+
+    q, k = (jax.ShapeDtypeStruct((1, 4096, heads, 128), jnp.bfloat16) for heads in (16, 4))
+    gradient = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))
+    text = gradient.trace(q, k, k).lower(lowering_platforms=("tpu",)).as_text()
+    assert text.count("tpu_custom_call") == 3
+
+
+def test_they_compile_for_every_tpu_as_recorded():
     compiled_for_tpu.check("block_sparse_attention")

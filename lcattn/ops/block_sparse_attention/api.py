@@ -92,7 +92,7 @@ def _with_columns(attend):
 
     def run(q: Array, k: Array, v: Array, plan: BlockPlan, *, scale: float) -> tuple[Array, Array]:
         out, lse = attend(q, k, v, plan, scale=scale)
-        if plan.columns is not None and plan.columns.shape[-1]:
+        if plan.columns is not None:
             single = columns.attend(q, k, v, plan, scale=scale)
             out, lse = merge((out, lse), single)
         return out.astype(jnp.result_type(q)), lse

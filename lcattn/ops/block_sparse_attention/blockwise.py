@@ -42,7 +42,8 @@ def attend(q: Array, k: Array, v: Array, plan: BlockPlan, *, scale: float) -> tu
     """Outputs `[B,T,N,H]` and log-sum-exps `[B,T,N]` over the listed blocks."""
     layout = Layout.of(plan, q.shape[2], k.shape[2])
     lists = _Lists(
-        *(jnp.moveaxis(x, 2, 0) for x in (plan.blocks, plan.count)),
+        jnp.moveaxis(plan.blocks, 2, 0),
+        jnp.moveaxis(plan.count, 2, 0),
         layout.positions(plan.seen.queries),
         None if plan.log_weight is None else jnp.moveaxis(plan.log_weight, 2, 0),
     )
@@ -161,4 +162,5 @@ def _exp_below(x: Array) -> Array:
 
 
 def _zero(dtype: jnp.dtype, *arrays: Array) -> Array:
-    return sum(jnp.zeros_like(x.reshape(-1)[0], dtype) for x in arrays)
+    zeros = (jnp.zeros_like(x.reshape(-1)[0], dtype) for x in arrays)
+    return functools.reduce(jnp.add, zeros)

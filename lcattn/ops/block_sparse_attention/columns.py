@@ -20,10 +20,7 @@ def attend(q: Array, k: Array, v: Array, plan: BlockPlan, *, scale: float) -> tu
     dtype, batch = accumulation_dtype(q.dtype), len(q)
     # Gradients of keys that many blocks share are summed in `dtype`.
     keys, values = (jnp.moveaxis(x, 1, 2).astype(dtype) for x in (k, v))
-    lists = tuple(
-        None if x is None else jnp.moveaxis(x, 2, 0)
-        for x in (plan.columns, plan.column_count, plan.column_log_weight)
-    )
+    lists = jax.tree.map(lambda x: jnp.moveaxis(x, 2, 0), plan.columns)
     seen = plan.seen
 
     @jax.checkpoint
