@@ -332,6 +332,15 @@ def test_bad_plans(changes, message, no_type_hook):
         lcattn.ops.block_sparse_attention(*_draw(), _broken(**changes))
 
 
+def test_a_plan_may_be_a_constant_of_a_program():
+    plan = _random_plan(K)
+    out = jax.eval_shape(lambda *x: lcattn.ops.block_sparse_attention(*x, plan), *_draw())
+    assert out.shape == (B, T, N, H)
+    twice = dataclasses.replace(plan, blocks=jnp.zeros_like(plan.blocks))
+    with pytest.raises(ValueError, match="ascend"):
+        jax.eval_shape(lambda *x: lcattn.ops.block_sparse_attention(*x, twice), *_draw())
+
+
 def test_a_plan_of_another_length_is_refused(no_type_hook):
     with pytest.raises(ValueError, match=r"plan\.seen\.queries"):
         lcattn.ops.block_sparse_attention(*_draw(), ops.causal_plan(40))

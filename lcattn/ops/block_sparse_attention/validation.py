@@ -5,8 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lcattn.errors import argument_error
-from lcattn.ops.block_sparse_attention.plan import BlockPlan, common, scatter
-from lcattn.ops.block_sparse_attention.tiles import spread
+from lcattn.ops.block_sparse_attention.plan import BlockPlan
 from lcattn.ops.checks import Sizes, check_size
 from lcattn.ops.visibility import Visibility
 from lcattn.typing import Array
@@ -80,9 +79,10 @@ def _check_values(plan: BlockPlan, sizes: Sizes) -> None:
     _check_lists("columns.index", columns, "columns.count", column_count, sizes.S)
     listed = np.arange(columns.shape[-1]) < column_count[..., None]
     _check_finite("columns.log_weight", plan.columns.log_weight, listed)
-    covered = scatter(plan.blocks, plan.listed(), None, plan.num_key_blocks) == 0
-    arrays = covered, jnp.asarray(columns), jnp.asarray(listed)
-    covered, columns, listed = (np.asarray(spread(x, *common(*arrays))) for x in arrays)
+    covered = np.zeros((*count.shape, plan.num_key_blocks + 1), bool)
+    places = np.where(np.arange(blocks.shape[-1]) < count[..., None], blocks, plan.num_key_blocks)
+    np.put_along_axis(covered, places, True, axis=-1)
+    covered, columns, listed = _spread(covered, columns, listed)
     home = np.clip(columns // plan.key_block, 0, plan.num_key_blocks - 1)
     twice = listed & np.take_along_axis(covered, home, axis=-1)
     if twice.any():
@@ -112,3 +112,11 @@ def _check_lists(name: str, ids: np.ndarray, count_name: str, count: np.ndarray,
 def _check_finite(name: str, weights: Array | None, listed: np.ndarray) -> None:
     if weights is not None and not np.all(np.isfinite(np.asarray(weights)[listed])):
         raise argument_error(f"plan.{name}", "finite numbers", "others")
+
+
+def _spread(*arrays: np.ndarray) -> list[np.ndarray]:
+    """All with the rows and heads of the largest."""
+    for axis in (0, 1):
+        size = max(x.shape[axis] for x in arrays)
+        arrays = tuple(np.repeat(x, size // x.shape[axis], axis=axis) for x in arrays)
+    return list(arrays)
