@@ -10,9 +10,9 @@ import pytest
 from compiled import ops
 
 import lcattn.ops
-from lcattn.ops.block_sparse_attention.plan import FULL, SKIPPED
 from lcattn.ops.merging import merge
 from lcattn.ops.visibility import NEVER, Visibility
+from pallas_kernels.block_sparse_attention.items import FULL, SKIPPED
 
 B, T, S, N, K, H = 2, 21, 26, 4, 2, 4
 QUERY_BLOCK, KEY_BLOCK = 4, 3
@@ -33,8 +33,10 @@ def _draw(dtype="float64"):
 
 def _lists(chosen):
     """Ascending lists of what a mask `[...,size]` chooses, filled up with rubbish, and lengths."""
-    order = np.argsort(~chosen, axis=-1, kind="stable")
-    return order.astype(np.int32), chosen.sum(axis=-1).astype(np.int32)
+    count = chosen.sum(axis=-1).astype(np.int32)
+    order = np.argsort(~chosen, axis=-1, kind="stable").astype(np.int32)
+    is_listed = np.arange(chosen.shape[-1]) < count[..., None]
+    return np.where(is_listed, order, 10**6 * (-1) ** order), count
 
 
 def _random_plan(heads=N, *, density=0.5):
@@ -185,7 +187,7 @@ def test_kinds_are_what_the_rule_says():
     seen[..., T:, :] = seen[..., T - 1 : T, :]  # rows of no query do not make an entry partial
     tiles = seen.reshape(B, N, M, QUERY_BLOCK, BLOCKS, KEY_BLOCK).transpose(0, 1, 2, 4, 3, 5)
     tiles = np.take_along_axis(
-        tiles.reshape(B, N, M, BLOCKS, -1), np.asarray(plan.blocks)[..., None], axis=3
+        tiles.reshape(B, N, M, BLOCKS, -1), np.asarray(plan.blocks)[..., None] % BLOCKS, axis=3
     )
     kinds = np.asarray(_kinds(plan))
     listed = np.arange(BLOCKS) < np.asarray(plan.count)[..., None]

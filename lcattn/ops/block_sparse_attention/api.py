@@ -83,7 +83,7 @@ def block_sparse_attention(
     run = dispatch.choose(
         "block_sparse_attention", implementation, sizes=sizes, dtype=q.dtype, plan=plan
     )
-    out, lse = run(q, k, v, plan, scale=scale)
+    out, lse = run(q, k, v, plan.cleared(), scale=scale)
     return (out, lse) if return_lse else out
 
 

@@ -104,7 +104,7 @@ def _forward(layout, scale, q, k, v, lists, begin, end):
         return None, ((out / safe[..., None]).astype(q.dtype), lse)
 
     _, rows = lax.scan(turn, None, jax.tree.map(layout.turns, (q, lists)))
-    out, lse = (layout.untangle(x, len(q)) for x in rows)
+    out, lse = (layout.unturns(x, len(q)) for x in rows)
     return (out, lse), (q, k, v, lists, begin, end, out, lse)
 
 
@@ -141,7 +141,7 @@ def _backward(layout, scale, residuals, cotangents):
     start = tuple(jnp.zeros(x.shape, dtype) + zero for x in (k, v))
     parts = jax.tree.map(layout.turns, (q, d_out, base, inner, lists))
     (dk, dv), dq = lax.scan(turn, start, parts)
-    dq = layout.untangle(dq, len(q))
+    dq = layout.unturns(dq, len(q))
     return dq, dk.astype(k.dtype), dv.astype(v.dtype), None, None, None
 
 

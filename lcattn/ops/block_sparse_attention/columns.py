@@ -47,5 +47,5 @@ def attend(q: Array, k: Array, v: Array, plan: BlockPlan, *, scale: float) -> tu
     rows = layout.rows(q)
     parts = jax.tree.map(layout.turns, (rows, layout.positions(seen.queries), lists))
     _, results = lax.scan(lambda _, part: (None, turn(keys, values, part)), None, parts)
-    out, lse = (layout.unrows(layout.untangle(x, len(rows))) for x in results)
+    out, lse = (layout.unrows(layout.unturns(x, len(rows))) for x in results)
     return out, lse

@@ -10,12 +10,10 @@ import numpy as np
 from lcattn.ops.block_sparse_attention.tiles import Tiles, spread
 from lcattn.ops.visibility import Visibility
 from lcattn.typing import Array, Bool, Float, Int
+from pallas_kernels.block_sparse_attention.items import FULL, PARTIAL, SKIPPED
 
 BLOCK = 128
 """Queries, and keys, of a block by default: what one step of a kernel multiplies."""
-
-SKIPPED, PARTIAL, FULL = 0, 1, 2
-"""The kinds of an entry: no pair in it counts, some do, all do."""
 
 
 class PlanColumns(NamedTuple):
@@ -87,6 +85,15 @@ class BlockPlan:
     def listed(self) -> Bool[Array, "b h m e"]:
         """Which places of `blocks` are part of a list."""
         return places(self.blocks) < self.count[..., None]
+
+    def cleared(self) -> "BlockPlan":
+        """The same, with 0 in the places past the end of each list."""
+        columns = self.columns
+        if columns is not None:
+            is_listed = places(columns.index) < columns.count[..., None]
+            columns = columns._replace(index=jnp.where(is_listed, columns.index, 0))
+        blocks = jnp.where(self.listed(), self.blocks, 0)
+        return dataclasses.replace(self, blocks=blocks, columns=columns)
 
     def kinds(self) -> Int[Array, "b h m e"]:
         """`SKIPPED`, `PARTIAL` or `FULL` for each place of `blocks`.
