@@ -17,6 +17,7 @@ from lcattn.ops.agent_attention import (
 )
 from lcattn.ops.block_sparse_attention import (
     BlockPlan,
+    PlanColumns,
     TransposedLists,
     block_mask_plan,
     block_sparse_attention,
@@ -65,6 +66,7 @@ __all__ = [
     "FeatureMap",
     "LinearAttentionState",
     "NeuralMemoryState",
+    "PlanColumns",
     "RoutingAttentionState",
     "TransposedLists",
     "UnsupportedImplementationError",

@@ -70,7 +70,8 @@ def block_sparse_attention(
     members, m, n = N // P, -(-T // query_block), -(-S // key_block)
     reason = objection(
         dtype=q.dtype, F=F, H=H, query_block=query_block, key_block=key_block, members=members,
-        blocks=max(m, n), items=lists.blocks.size + lists.start.size, weighted=lists.log_weight is not None,
+        blocks=max(m, n), items=lists.blocks.size + lists.start.size,
+        weighted=lists.log_weight is not None,
     )  # fmt: skip
     if reason is not None:
         raise ValueError(f"block_sparse_attention: the mosaic_tpu kernels {reason}")

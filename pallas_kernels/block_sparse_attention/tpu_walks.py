@@ -187,10 +187,6 @@ def key_gradients(
             dk[:, keys] += plan.scale * dot(q[...], d.astype(q.dtype), (1, 1))
             dv[:, keys] += dot(g[...], weights.astype(g.dtype), (1, 1))
 
-        @tile.last
-        def _():
-            pass
-
     (B, P), S = q.shape[:2], k.shape[3]
     return _walk(
         plan, block_sparse_attention_key_gradients, [k, v], [q, g, numbers], items, rule,

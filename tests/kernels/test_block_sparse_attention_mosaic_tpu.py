@@ -31,12 +31,13 @@ def random_plan(B, T, S, heads, *, query_block=128, key_block=128):
     m, n = -(-T // query_block), -(-S // key_block)
     chosen = draw.random((B, heads, m, n)) < 0.6
     chosen[:, 0, 0], chosen[:, :, 1, 0] = False, True
+    blocks, count = np.argsort(~chosen, axis=-1, kind="stable"), chosen.sum(axis=-1)
+    blocks[np.arange(n) >= count[..., None]] = 10**6  # past the end of the lists
     begin = draw.integers(-5, T // 2, (1, heads, S))
     seen = np.arange(T).reshape(1, 1, T), begin, begin + draw.integers(0, T, (1, heads, S))
     seen[1][..., :key_block], seen[2][..., :key_block] = 0, T  # whole entries
     return BlockPlan(
-        blocks=jnp.asarray(np.argsort(~chosen, axis=-1, kind="stable"), jnp.int32),
-        count=jnp.asarray(chosen.sum(axis=-1), jnp.int32),
+        blocks=jnp.asarray(blocks, jnp.int32), count=jnp.asarray(count, jnp.int32),
         log_weight=jnp.asarray(draw.normal(size=chosen.shape), jnp.float32),
         seen=Visibility(*(jnp.asarray(x, jnp.int32) for x in seen)),
         query_block=query_block, key_block=key_block,
@@ -100,7 +101,7 @@ def test_queries_that_see_nothing_give_zeros():
 
 
 def test_items_hold_every_entry_once_in_both_orders():
-    plan = random_plan(1, 300, 200, 2)
+    plan = random_plan(1, 300, 200, 2).cleared()
     kinds = np.asarray(plan.kinds())
     assert set(np.unique(kinds)) == {items.SKIPPED, items.PARTIAL, items.FULL}
     lists = items.Lists(plan.blocks, plan.kinds(), plan.log_weight, *plan.transposed())
@@ -143,6 +144,20 @@ def test_launch_parameters():
         TpuLaunchConfig(strip=64)
 
 
-def test_compiles_for_every_tpu():
-    jax.jit(lambda x: x)  # the check lowers for TPU: lowering_platforms=("tpu",)
+def test_gradients_lower_for_tpu(monkeypatch):
+    monkeypatch.undo()
+    monkeypatch.setattr(tpu_kernel.dispatch, "default_platform", lambda: "tpu")
+
+    def loss(q, k, v):
+        plan = sliding_window_plan(4096, 1024, sinks=4)
+        out = block_sparse_attention(q, k, v, plan, implementation="mosaic_tpu")
+        return jnp.square(out.astype(jnp.float32)).sum()
+
+    q, k = (jax.ShapeDtypeStruct((1, 4096, heads, 128), jnp.bfloat16) for heads in (16, 4))
+    gradient = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))
+    text = gradient.trace(q, k, k).lower(lowering_platforms=("tpu",)).as_text()
+    assert text.count("tpu_custom_call") == 3
+
+
+def test_they_compile_for_every_tpu_as_recorded():
     compiled_for_tpu.check("block_sparse_attention")

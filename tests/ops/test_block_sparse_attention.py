@@ -10,9 +10,9 @@ import pytest
 from compiled import ops
 
 import lcattn.ops
-from lcattn.ops.block_sparse_attention.plan import FULL, SKIPPED
 from lcattn.ops.merging import merge
 from lcattn.ops.visibility import NEVER, Visibility
+from pallas_kernels.block_sparse_attention.items import FULL, SKIPPED
 
 B, T, S, N, K, H = 2, 21, 26, 4, 2, 4
 QUERY_BLOCK, KEY_BLOCK = 4, 3
@@ -33,13 +33,15 @@ def _draw(dtype="float64"):
 
 def _lists(chosen):
     """Ascending lists of what a mask `[...,size]` chooses, filled up with rubbish, and lengths."""
-    order = np.argsort(~chosen, axis=-1, kind="stable")
-    return order.astype(np.int32), chosen.sum(axis=-1).astype(np.int32)
+    count = chosen.sum(axis=-1).astype(np.int32)
+    order = np.argsort(~chosen, axis=-1, kind="stable").astype(np.int32)
+    is_listed = np.arange(chosen.shape[-1]) < count[..., None]
+    return np.where(is_listed, order, 10**6 * (-1) ** order), count
 
 
-def _random_plan(heads=N, seed=1, *, weights=True, density=0.5):
+def _random_plan(heads=N, *, density=0.5):
     """Random lists, columns and rule; the first block of queries has nothing."""
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(1)
     chosen = rng.random((B, heads, M, BLOCKS)) < density
     single = ~np.repeat(chosen, KEY_BLOCK, axis=-1)[..., :S] & (rng.random(S) < 0.3)
     chosen[:, :, 0] = single[:, :, 0] = False
@@ -48,9 +50,8 @@ def _random_plan(heads=N, seed=1, *, weights=True, density=0.5):
     begin = rng.integers(-5, 15, (1, heads, S))
     seen = rng.integers(-1, T, (B, 1, T)), begin, begin + rng.integers(0, 20, (1, heads, S))
     plan = ops.BlockPlan(
-        blocks=blocks, count=count, columns=columns, column_count=column_count,
-        log_weight=rng.standard_normal(blocks.shape) if weights else None,
-        column_log_weight=rng.standard_normal(columns.shape) if weights else None,
+        blocks=blocks, count=count, log_weight=rng.standard_normal(blocks.shape),
+        columns=ops.PlanColumns(columns, column_count, rng.standard_normal(columns.shape)),
         seen=Visibility(*(x.astype(np.int32) for x in seen)),
         query_block=QUERY_BLOCK, key_block=KEY_BLOCK,
     )  # fmt: skip
@@ -77,7 +78,8 @@ def _pairs(plan, b, n, num_heads=N):
         return None if x is None else np.asarray(x)[b % len(x), n * x.shape[1] // num_heads]
 
     added = {}
-    (p, begin, end), blocks, columns = map(at, plan.seen), at(plan.blocks), at(plan.columns)
+    (p, begin, end), blocks = map(at, plan.seen), at(plan.blocks)
+    single = plan.columns and ops.PlanColumns(*map(at, plan.columns))
     for i in range(len(p)):
         m = i // plan.query_block
         entries = [
@@ -85,9 +87,8 @@ def _pairs(plan, b, n, num_heads=N):
             for e in range(at(plan.count)[m])
             for j in range(blocks[m, e] * plan.key_block, (blocks[m, e] + 1) * plan.key_block)
         ]
-        if columns is not None:
-            listed = range(at(plan.column_count)[m])
-            entries += [(columns[m, e], e, at(plan.column_log_weight)) for e in listed]
+        if single is not None:
+            entries += [(single.index[m, e], e, single.log_weight) for e in range(single.count[m])]
         for j, e, weight in entries:
             if j < len(begin) and begin[j] <= p[i] < end[j]:
                 assert (i, j) not in added
@@ -147,9 +148,7 @@ def test_random_plans_are_what_they_say(heads, implementation):
 
 def test_disjoint_plans_merge_to_their_union():
     q, k, v = _draw()
-    whole = dataclasses.replace(
-        _random_plan(K), columns=None, column_count=None, column_log_weight=None
-    )
+    whole = dataclasses.replace(_random_plan(K), columns=None)
     is_first = np.random.default_rng(2).random(whole.blocks.shape) < 0.5
     parts = []
     for part in (is_first, ~is_first):
@@ -188,7 +187,7 @@ def test_kinds_are_what_the_rule_says():
     seen[..., T:, :] = seen[..., T - 1 : T, :]  # rows of no query do not make an entry partial
     tiles = seen.reshape(B, N, M, QUERY_BLOCK, BLOCKS, KEY_BLOCK).transpose(0, 1, 2, 4, 3, 5)
     tiles = np.take_along_axis(
-        tiles.reshape(B, N, M, BLOCKS, -1), np.asarray(plan.blocks)[..., None], axis=3
+        tiles.reshape(B, N, M, BLOCKS, -1), np.asarray(plan.blocks)[..., None] % BLOCKS, axis=3
     )
     kinds = np.asarray(_kinds(plan))
     listed = np.arange(BLOCKS) < np.asarray(plan.count)[..., None]
@@ -286,10 +285,8 @@ def test_an_anchor_for_all_documents():
     end[..., 0] = NEVER
     seen = plan.seen._replace(end=end)
     is_far = np.asarray(plan.blocks)[..., 0] > 0
-    plan = dataclasses.replace(
-        plan, seen=seen, column_count=is_far.astype(np.int32),
-        columns=np.zeros((*is_far.shape, 1), np.int32),
-    )  # fmt: skip
+    anchors = ops.PlanColumns(np.zeros((*is_far.shape, 1), np.int32), is_far.astype(np.int32))
+    plan = dataclasses.replace(plan, seen=seen, columns=anchors)
     i = np.arange(14)
     expected = (((i[:, None] < 5) == (i < 5)) | (i == 0)) & np.tri(14, dtype=bool)
     np.testing.assert_array_equal(_mask(plan)[0, 0], expected)
@@ -307,6 +304,10 @@ def test_memory_grows_with_the_lists_only():
     assert gradient_memory(8192) < 2.5 * gradient_memory(4096)
 
 
+def _columns(index):
+    return ops.PlanColumns(index, np.full(index.shape[:3], index.shape[3]))
+
+
 def _broken(**changes):
     return dataclasses.replace(_random_plan(N), **changes)
 
@@ -322,15 +323,24 @@ def _broken(**changes):
         ({"count": np.full((B, N, M), BLOCKS + 1)}, "plan.count: expected lengths of 0 to 9"),
         ({"count": np.zeros((B, N, M))}, "plan.count: expected an integer dtype"),
         ({"log_weight": np.full((B, N, M, BLOCKS), np.nan)}, "plan.log_weight: expected finite"),
-        ({"columns": None}, "plan.column_count: expected None without columns"),
-        ({"column_count": None}, "plan.column_count: expected how many"),
-        ({"columns": np.tile(np.arange(S), (B, N, M, 1))}, "plan.columns: expected keys outside"),
+        ({"columns": _columns(np.tile(np.arange(S), (B, N, M, 1)))}, "columns.index: .* outside"),
+        ({"columns": _columns(np.zeros((B, N, M, 2), int))}, "columns.index: expected ids below"),
+        ({"columns": _columns(np.zeros((B, N, 2, 2), int))}, "plan.columns.index: expected .*'m'"),
         ({"seen": Visibility(*(np.zeros((1, 1, 7), int),) * 3)}, "plan.seen.queries"),
     ],
 )
 def test_bad_plans(changes, message, no_type_hook):
     with pytest.raises(ValueError, match=message):
         lcattn.ops.block_sparse_attention(*_draw(), _broken(**changes))
+
+
+def test_a_plan_may_be_a_constant_of_a_program():
+    plan = _random_plan(K)
+    out = jax.eval_shape(lambda *x: lcattn.ops.block_sparse_attention(*x, plan), *_draw())
+    assert out.shape == (B, T, N, H)
+    twice = dataclasses.replace(plan, blocks=jnp.zeros_like(plan.blocks))
+    with pytest.raises(ValueError, match="ascend"):
+        jax.eval_shape(lambda *x: lcattn.ops.block_sparse_attention(*x, twice), *_draw())
 
 
 def test_a_plan_of_another_length_is_refused(no_type_hook):

@@ -8,10 +8,11 @@ from lcattn.ops.block_sparse_attention.builders import (
     sliding_window_plan,
     top_blocks_plan,
 )
-from lcattn.ops.block_sparse_attention.plan import BlockPlan, TransposedLists
+from lcattn.ops.block_sparse_attention.plan import BlockPlan, PlanColumns, TransposedLists
 
 __all__ = [
     "BlockPlan",
+    "PlanColumns",
     "TransposedLists",
     "block_mask_plan",
     "block_sparse_attention",

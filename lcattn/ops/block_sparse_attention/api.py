@@ -1,6 +1,6 @@
 """The public op: arguments, checks and the choice of an implementation."""
 
-import jax.numpy as jnp
+from collections.abc import Callable
 
 from lcattn.ops import checks, dispatch
 from lcattn.ops.block_sparse_attention import blockwise, columns, dense, tpu_kernel
@@ -83,19 +83,19 @@ def block_sparse_attention(
     run = dispatch.choose(
         "block_sparse_attention", implementation, sizes=sizes, dtype=q.dtype, plan=plan
     )
-    out, lse = run(q, k, v, plan, scale=scale)
+    out, lse = run(q, k, v, plan.cleared(), scale=scale)
     return (out, lse) if return_lse else out
 
 
-def _with_columns(attend):
+def _with_columns(attend: Callable[..., tuple[Array, Array]]) -> Callable[..., tuple[Array, Array]]:
     """Lists by `attend` and columns apart, merged to one softmax."""
 
     def run(q: Array, k: Array, v: Array, plan: BlockPlan, *, scale: float) -> tuple[Array, Array]:
         out, lse = attend(q, k, v, plan, scale=scale)
-        if plan.columns is not None and plan.columns.shape[-1]:
+        if plan.columns is not None:
             single = columns.attend(q, k, v, plan, scale=scale)
             out, lse = merge((out, lse), single)
-        return out.astype(jnp.result_type(q)), lse
+        return out.astype(q.dtype), lse
 
     return run
 

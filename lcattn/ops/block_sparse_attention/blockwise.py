@@ -42,7 +42,8 @@ def attend(q: Array, k: Array, v: Array, plan: BlockPlan, *, scale: float) -> tu
     """Outputs `[B,T,N,H]` and log-sum-exps `[B,T,N]` over the listed blocks."""
     layout = Layout.of(plan, q.shape[2], k.shape[2])
     lists = _Lists(
-        *(jnp.moveaxis(x, 2, 0) for x in (plan.blocks, plan.count)),
+        jnp.moveaxis(plan.blocks, 2, 0),
+        jnp.moveaxis(plan.count, 2, 0),
         layout.positions(plan.seen.queries),
         None if plan.log_weight is None else jnp.moveaxis(plan.log_weight, 2, 0),
     )
@@ -103,7 +104,7 @@ def _forward(layout, scale, q, k, v, lists, begin, end):
         return None, ((out / safe[..., None]).astype(q.dtype), lse)
 
     _, rows = lax.scan(turn, None, jax.tree.map(layout.turns, (q, lists)))
-    out, lse = (layout.untangle(x, len(q)) for x in rows)
+    out, lse = (layout.unturns(x, len(q)) for x in rows)
     return (out, lse), (q, k, v, lists, begin, end, out, lse)
 
 
@@ -140,7 +141,7 @@ def _backward(layout, scale, residuals, cotangents):
     start = tuple(jnp.zeros(x.shape, dtype) + zero for x in (k, v))
     parts = jax.tree.map(layout.turns, (q, d_out, base, inner, lists))
     (dk, dv), dq = lax.scan(turn, start, parts)
-    dq = layout.untangle(dq, len(q))
+    dq = layout.unturns(dq, len(q))
     return dq, dk.astype(k.dtype), dv.astype(v.dtype), None, None, None
 
 
@@ -161,4 +162,5 @@ def _exp_below(x: Array) -> Array:
 
 
 def _zero(dtype: jnp.dtype, *arrays: Array) -> Array:
-    return sum(jnp.zeros_like(x.reshape(-1)[0], dtype) for x in arrays)
+    zeros = (jnp.zeros_like(x.reshape(-1)[0], dtype) for x in arrays)
+    return functools.reduce(jnp.add, zeros)

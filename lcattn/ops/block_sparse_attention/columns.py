@@ -20,10 +20,7 @@ def attend(q: Array, k: Array, v: Array, plan: BlockPlan, *, scale: float) -> tu
     dtype, batch = accumulation_dtype(q.dtype), len(q)
     # Gradients of keys that many blocks share are summed in `dtype`.
     keys, values = (jnp.moveaxis(x, 1, 2).astype(dtype) for x in (k, v))
-    lists = tuple(
-        None if x is None else jnp.moveaxis(x, 2, 0)
-        for x in (plan.columns, plan.column_count, plan.column_log_weight)
-    )
+    lists = jax.tree.map(lambda x: jnp.moveaxis(x, 2, 0), plan.columns)
     seen = plan.seen
 
     @jax.checkpoint
@@ -50,5 +47,5 @@ def attend(q: Array, k: Array, v: Array, plan: BlockPlan, *, scale: float) -> tu
     rows = layout.rows(q)
     parts = jax.tree.map(layout.turns, (rows, layout.positions(seen.queries), lists))
     _, results = lax.scan(lambda _, part: (None, turn(keys, values, part)), None, parts)
-    out, lse = (layout.unrows(layout.untangle(x, len(rows))) for x in results)
+    out, lse = (layout.unrows(layout.unturns(x, len(rows))) for x in results)
     return out, lse

@@ -10,12 +10,25 @@ import numpy as np
 from lcattn.ops.block_sparse_attention.tiles import Tiles, spread
 from lcattn.ops.visibility import Visibility
 from lcattn.typing import Array, Bool, Float, Int
+from pallas_kernels.block_sparse_attention.items import FULL, PARTIAL, SKIPPED
 
 BLOCK = 128
 """Queries, and keys, of a block by default: what one step of a kernel multiplies."""
 
-SKIPPED, PARTIAL, FULL = 0, 1, 2
-"""The kinds of an entry: no pair in it counts, some do, all do."""
+
+class PlanColumns(NamedTuple):
+    """Single keys that blocks of queries read, such as vertical lines or samples.
+
+    Attributes:
+      index: the keys `[b,h,m,c]`, ascending, each once and in no block that is listed for the same
+        queries; what fills the places past the last does not matter.
+      count: how many there are, `[b,h,m]`; may be 0.
+      log_weight: what is added to the scores of each, `[b,h,m,c]`, a constant; or None.
+    """
+
+    index: Int[Array, "b h m c"]
+    count: Int[Array, "b h m"]
+    log_weight: Float[Array, "b h m c"] | None = None
 
 
 @no_type_check  # JAX also fills it with shapes and specs
@@ -51,9 +64,7 @@ class BlockPlan:
         `[b,h,T]`, begins and ends `[b,h,S]`. It says all there is of causality, windows, sinks and
         documents.
       log_weight: what is added to the scores of each entry `[b,h,m,e]`, a constant; or None.
-      columns: single keys `[b,h,m,c]`, ascending, each once and in no listed block; or None.
-      column_count: how many of them count, `[b,h,m]`.
-      column_log_weight: what is added to the scores of each, `[b,h,m,c]`; or None.
+      columns: single keys that are read besides; or None.
       query_block: queries of a block.
       key_block: keys of a block.
     """
@@ -62,9 +73,7 @@ class BlockPlan:
     count: Int[Array, "b h m"]
     seen: Visibility
     log_weight: Float[Array, "b h m e"] | None = None
-    columns: Int[Array, "b h m c"] | None = None
-    column_count: Int[Array, "b h m"] | None = None
-    column_log_weight: Float[Array, "b h m c"] | None = None
+    columns: PlanColumns | None = None
     query_block: int = dataclasses.field(default=BLOCK, metadata={"static": True})
     key_block: int = dataclasses.field(default=BLOCK, metadata={"static": True})
 
@@ -75,7 +84,16 @@ class BlockPlan:
 
     def listed(self) -> Bool[Array, "b h m e"]:
         """Which places of `blocks` are part of a list."""
-        return _places(self.blocks) < self.count[..., None]
+        return places(self.blocks) < self.count[..., None]
+
+    def cleared(self) -> "BlockPlan":
+        """The same, with 0 in the places past the end of each list."""
+        columns = self.columns
+        if columns is not None:
+            is_listed = places(columns.index) < columns.count[..., None]
+            columns = columns._replace(index=jnp.where(is_listed, columns.index, 0))
+        blocks = jnp.where(self.listed(), self.blocks, 0)
+        return dataclasses.replace(self, blocks=blocks, columns=columns)
 
     def kinds(self) -> Int[Array, "b h m e"]:
         """`SKIPPED`, `PARTIAL` or `FULL` for each place of `blocks`.
@@ -110,9 +128,12 @@ class BlockPlan:
         T, S = self.seen.queries.shape[-1], self.seen.begin.shape[-1]
         area = T * S - (T * (T - 1) / 2 if causal else 0)
         scores = self.query_block * self.key_block * self.count.sum(axis=-1, dtype=jnp.float32)
-        if self.column_count is not None:
-            scores += self.query_block * self.column_count.sum(axis=-1, dtype=jnp.float32)
-        return scores / area
+        scores /= area
+        if self.columns is None:
+            return scores
+        columns = self.query_block * self.columns.count.sum(axis=-1, dtype=jnp.float32) / area
+        b, h = common(scores, columns)
+        return spread(scores, b, h) + spread(columns, b, h)
 
     def weights(self) -> Float[Array, "b h T S"]:
         """The whole plan as what is added to each score: -inf where a pair does not count."""
@@ -120,8 +141,8 @@ class BlockPlan:
         added = scatter(self.blocks, self.listed(), self.log_weight, self.num_key_blocks)
         added = jnp.repeat(added, self.key_block, axis=-1)[..., :S]
         if self.columns is not None:
-            listed = _places(self.columns) < self.column_count[..., None]
-            columns = scatter(self.columns, listed, self.column_log_weight, S)
+            index, count, log_weight = self.columns
+            columns = scatter(index, places(index) < count[..., None], log_weight, S)
             added = jnp.maximum(*(spread(x, *common(added, columns)) for x in (added, columns)))
         added = jnp.repeat(added, self.query_block, axis=-2)[..., :T, :]
         mask = self.seen.mask()
@@ -142,21 +163,21 @@ class TransposedLists(NamedTuple):
     start: Int[Array, "b h n+1"]
 
 
-def _places(ids: Array) -> Array:
+def places(ids: Array) -> Int[Array, "e"]:
+    """Those of a list."""
     return jnp.arange(ids.shape[-1], dtype=jnp.int32)
 
 
 def scatter(ids: Array, listed: Array, weights: Array | None, size: int) -> Array:
     """`[b,h,m,size]`: the weight (default 0) at each listed id, -inf elsewhere."""
     weights = jnp.zeros(ids.shape, jnp.float32) if weights is None else weights
-    places = jnp.where(listed, ids, size)
 
-    def row(places: Array, weights: Array) -> Array:
-        return jnp.full(size, -jnp.inf, weights.dtype).at[places].set(weights, mode="drop")
+    def row(ids: Array, weights: Array) -> Array:
+        return jnp.full(size, -jnp.inf, weights.dtype).at[ids].set(weights, mode="drop")
 
-    return jax.vmap(jax.vmap(jax.vmap(row)))(places, weights)
+    return jax.vmap(jax.vmap(jax.vmap(row)))(jnp.where(listed, ids, size), weights)
 
 
 def common(*arrays: Array | np.ndarray) -> tuple[int, int]:
     """Rows and heads that serve all arrays."""
-    return tuple(max(x.shape[axis] for x in arrays) for axis in (0, 1))
+    return max(x.shape[0] for x in arrays), max(x.shape[1] for x in arrays)

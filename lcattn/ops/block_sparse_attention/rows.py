@@ -71,7 +71,7 @@ class Layout(NamedTuple):
         x = jnp.pad(x, ((0, -len(x) % self.at_once),) + ((0, 0),) * (x.ndim - 1))
         return x.reshape(-1, self.at_once, *x.shape[1:])
 
-    def untangle(self, x: Array, m: int) -> Array:
+    def unturns(self, x: Array, m: int) -> Array:
         """Undoes `turns`."""
         return x.reshape(-1, *x.shape[2:])[:m]
 

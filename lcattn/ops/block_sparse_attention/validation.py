@@ -5,8 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lcattn.errors import argument_error
-from lcattn.ops.block_sparse_attention.plan import BlockPlan, common, scatter
-from lcattn.ops.block_sparse_attention.tiles import spread
+from lcattn.ops.block_sparse_attention.plan import BlockPlan
 from lcattn.ops.checks import Sizes, check_size
 from lcattn.ops.visibility import Visibility
 from lcattn.typing import Array
@@ -33,19 +32,13 @@ def check_plan(plan: BlockPlan, sizes: Sizes) -> None:
         _check_array(f"seen.{name}", array, sizes, {axis: length}, jnp.integer)
     if plan.log_weight is not None:
         _check_like("log_weight", plan.log_weight, plan.blocks, jnp.floating)
-    given = {"column_count": plan.column_count, "column_log_weight": plan.column_log_weight}
-    if plan.columns is None:
-        for name, array in given.items():
-            if array is not None:
-                raise argument_error(f"plan.{name}", "None without columns", array.shape)
-    else:
-        c = plan.columns.shape[-1]
-        _check_array("columns", plan.columns, sizes, {"m": m, "c": c}, jnp.integer)
-        if plan.column_count is None:
-            raise argument_error("plan.column_count", "how many of the columns count", None)
-        _check_like("column_count", plan.column_count, plan.columns, jnp.integer, axes=3)
-        if plan.column_log_weight is not None:
-            _check_like("column_log_weight", plan.column_log_weight, plan.columns, jnp.floating)
+    if plan.columns is not None:
+        index, count, log_weight = plan.columns
+        c = index.shape[-1]
+        _check_array("columns.index", index, sizes, {"m": m, "c": c}, jnp.integer)
+        _check_like("columns.count", count, index, jnp.integer, axes=3)
+        if log_weight is not None:
+            _check_like("columns.log_weight", log_weight, index, jnp.floating)
     if not any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(plan)):
         _check_values(plan, sizes)
 
@@ -82,19 +75,20 @@ def _check_values(plan: BlockPlan, sizes: Sizes) -> None:
     _check_finite("log_weight", plan.log_weight, np.arange(blocks.shape[-1]) < count[..., None])
     if plan.columns is None:
         return
-    columns, column_count = np.asarray(plan.columns), np.asarray(plan.column_count)
-    _check_lists("columns", columns, "column_count", column_count, sizes.S)
+    columns, column_count = np.asarray(plan.columns.index), np.asarray(plan.columns.count)
+    _check_lists("columns.index", columns, "columns.count", column_count, sizes.S)
     listed = np.arange(columns.shape[-1]) < column_count[..., None]
-    _check_finite("column_log_weight", plan.column_log_weight, listed)
-    covered = np.asarray(scatter(plan.blocks, plan.listed(), None, plan.num_key_blocks)) == 0
-    b, h = common(covered, columns)
-    covered, columns, listed = (np.asarray(spread(x, b, h)) for x in (covered, columns, listed))
+    _check_finite("columns.log_weight", plan.columns.log_weight, listed)
+    covered = np.zeros((*count.shape, plan.num_key_blocks + 1), bool)
+    places = np.where(np.arange(blocks.shape[-1]) < count[..., None], blocks, plan.num_key_blocks)
+    np.put_along_axis(covered, places, True, axis=-1)
+    covered, columns, listed = _spread(covered, columns, listed)
     home = np.clip(columns // plan.key_block, 0, plan.num_key_blocks - 1)
     twice = listed & np.take_along_axis(covered, home, axis=-1)
     if twice.any():
         b, h, m, c = np.argwhere(twice)[0]
         raise argument_error(
-            "plan.columns", "keys outside of the blocks listed for the same queries",
+            "plan.columns.index", "keys outside of the blocks listed for the same queries",
             f"key {columns[b, h, m, c]} of listed block {home[b, h, m, c]} at [{b},{h},{m}]",
         )  # fmt: skip
 
@@ -118,3 +112,11 @@ def _check_lists(name: str, ids: np.ndarray, count_name: str, count: np.ndarray,
 def _check_finite(name: str, weights: Array | None, listed: np.ndarray) -> None:
     if weights is not None and not np.all(np.isfinite(np.asarray(weights)[listed])):
         raise argument_error(f"plan.{name}", "finite numbers", "others")
+
+
+def _spread(*arrays: np.ndarray) -> list[np.ndarray]:
+    """All with the rows and heads of the largest."""
+    for axis in (0, 1):
+        size = max(x.shape[axis] for x in arrays)
+        arrays = tuple(np.repeat(x, size // x.shape[axis], axis=axis) for x in arrays)
+    return list(arrays)
