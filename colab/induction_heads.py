@@ -56,7 +56,7 @@ def problem(mixer: nn.MixerConfig) -> probes.InductionProblem:
         vocab_size=32, width=32, num_layers=1, pattern=("mixer",), mixers={"mixer": mixer},
         mlp_width=0, init_std=0.2,
     )  # fmt: skip
-    return probes.InductionProblem(model=model, data=data, period=8, eval_rows=32)
+    return probes.InductionProblem(model=model, data=data, period=8, eval_rows=16)
 
 
 problems = {
@@ -64,7 +64,7 @@ problems = {
     "smeared keys": problem(nn.SmearedAttentionConfig(num_heads=2)),
 }
 run = training.SeedsConfig(
-    num_steps=150,
+    num_steps=120,
     num_seeds=3,
     eval_every=15,
     optimizer=training.OptimizerConfig(learning_rate=1e-2, schedule="constant", weight_decay=0.0),
@@ -121,7 +121,7 @@ plt.show()
 # %%
 figure, axes = plt.subplots(1, 2, figsize=(8, 3.2), layout="constrained")
 for ax, (name, result) in zip(axes, results.items(), strict=True):
-    found = probes.attributions(problems[name], result.params, result.model_state)
+    found = probes.attributions(problems[name], result.params, result.model_state, num_rows=8)
     image = ax.imshow(found.occlusion.mean(axis=0), cmap="cividis", vmin=0, vmax=6)
     ax.set(title=name, xlabel="token replaced", ylabel="answer of token")
     print(f"{name}: probability of the changed source {result.final('copied').mean():.2f}")
@@ -141,7 +141,7 @@ two = classification.ItemLabelProblem(
         num_classes=64, num_labels=16, content_size=32, num_items=4, max_items=4, fresh=1.0
     ),
     network=classification.TwoParameterNetwork(mlp_width=64),
-    eval_size=256,
+    eval_size=128,
 )
 descent = training.SGDConfig(learning_rate=0.3, clip_norm=1.0)
 learned = training.train_seeds(

@@ -183,7 +183,7 @@ def _three_logit(labels: int, every: int = 5) -> dict[str, Any]:
 def report(results: Mapping[str, Any]) -> Report:
     """The report, from the recorded results alone."""
     data = results["problem"]["data"]
-    described = "\n".join(f"- *{name}*: {what};" for name, what in EVALUATIONS.items())
+    described = "\n".join(f"- *{name}*: {what};" for name, what in EVALUATIONS.items()).rstrip(";")
     return Report(
         title="In-context classification",
         blocks=[
@@ -192,7 +192,7 @@ def report(results: Mapping[str, Any]) -> Report:
             f"{data['num_labels']} labels; chance is 1/{data['num_labels']}, any label of the "
             f"context is right in 1 of {data['num_items']} cases. {results['num_seeds']} seeds, "
             "each with classes of its own, as one program; means with 95 % intervals (Student's "
-            f"t). {reporting.took(results['seconds'])}\n\nJudged on\n\n{described}",
+            f"t). {reporting.took(results['seconds'])}\n\nJudged on\n\n{described}.",
             followed(results["full"]),
             order(results["full"]),
             comparison(results),
@@ -307,21 +307,28 @@ def ends_table(results: Mapping[str, Any]) -> Table:
 
 def two_parameters(run: Mapping[str, Any]) -> Figure:
     """The two-parameter network over training."""
-    steps = run["steps"]
-    names = {"ic/accuracy": ACCURACIES["ic/accuracy"], **MEASURES}
-    shares = [curve(label, steps, _seeds_first(run, name)) for name, label in names.items()]
-    betas = [curve(name, steps, _seeds_first(run, name)) for name in ("beta1", "beta2")]
+
+    def panel(ylabel: str, names: Mapping[str, str]) -> Panel:
+        # Seeds leave the plateau at times so different that their mean shows nothing abrupt.
+        series = [
+            Series(label=label, x=run["steps"], y=values.tolist(), marker=False)
+            for name, label in names.items()
+            for values in _seeds_first(run, name)
+        ]
+        return Panel(xlabel="steps", ylabel=ylabel, series=series)
+
     caption = (
-        "An induction head with two parameters and an MLP, on fresh classes: the same order of "
-        "events. beta1 looks back from a label to its item, beta2 from the target to its likes."
+        "An induction head with two parameters and an MLP, on fresh classes, a line for each seed. "
+        "beta1 looks back from a label to its item, beta2 from the target to its likes."
     )
+    shares = {name: ACCURACIES.get(name) or MEASURES[name] for name in (
+        "context_label", "ic/accuracy",
+    )}  # fmt: skip
+    betas = {"beta1": "beta1", "beta2": "beta2"}
     return Figure(
         name="two_parameters",
         caption=caption,
-        panels=[
-            Panel(xlabel="steps", ylabel="share", series=shares),
-            Panel(xlabel="steps", ylabel="parameter", series=betas),
-        ],
+        panels=[panel("share", shares), panel("parameter", betas)],
     )
 
 
