@@ -23,8 +23,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import topologies
-from jax.sharding import SingleDeviceSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lcattn import ops
 
@@ -72,7 +73,9 @@ class Case:
       op: its name in `lcattn.ops`.
       options: its options.
       packed: whether it is given segment ids.
-      in_tests: whether the tests compile it too; others take longer.
+      sharded: whether the batch is split over four chips, by `shard_map`.
+      in_tests: whether the tests compile it too. Others take longer, though their kernels differ
+        in the length of the walk only.
       plan: name of the plan of blocks that it is given, one of `PLANS`.
     """
 
@@ -85,6 +88,7 @@ class Case:
     H: int
     options: Mapping[str, Any]
     packed: bool = False
+    sharded: bool = False
     in_tests: bool = False
     plan: str | None = None
 
@@ -93,7 +97,8 @@ class Case:
         """As the table spells it."""
         options = " ".join(f"{name}={value}" for name, value in self.options.items())
         sizes = " ".join(f"{name}={getattr(self, name)}" for name in "BTNKFH")
-        return f"{self.plan or ''}{options}{' packed' if self.packed else ''} {sizes}".strip()
+        how = "".join(f" {word}" for word in ("packed", "sharded") if getattr(self, word))
+        return f"{self.plan or ''}{options}{how} {sizes}".strip()
 
     def arrays(self) -> tuple[jax.ShapeDtypeStruct, ...]:
         """q, k, v, and the output's gradient."""
@@ -104,7 +109,7 @@ class Case:
         """The output and the gradients of q, k and v."""
         options = {**self.options, "implementation": "mosaic_tpu"}
         if self.packed:
-            options["segment_ids"] = jnp.zeros((self.B, self.T), jnp.int32)
+            options["segment_ids"] = jnp.zeros(q.shape[:2], jnp.int32)
         if self.plan is not None:
             options["plan"] = PLANS[self.plan](self)
         attend = functools.partial(getattr(ops, self.op), **options)
@@ -129,7 +134,7 @@ PLANS = {
 _TAYLOR = functools.partial(Case, op="linear_attention", options={"feature_map": "taylor"})
 _IDENTITY = functools.partial(Case, op="linear_attention", options={"feature_map": "identity"})
 _BLOCKS = functools.partial(Case, op="block_sparse_attention", options={})
-_LSSA = functools.partial(Case, op="softplus_attention", options={})
+_LSSA = functools.partial(Case, op="softplus_attention", options={"power": None})
 _LSSAR = functools.partial(Case, op="softplus_attention", options={"power": 15.0})
 CASES = [
     _BLOCKS(plan="causal", F=128, H=128),
@@ -137,22 +142,29 @@ CASES = [
     _BLOCKS(plan="a tenth of the blocks", T=131072, K=4, F=128, H=128),
     _BLOCKS(plan="window of 4096, 4 sinks", B=2, T=1000, N=8, K=2, F=64, H=128, in_tests=True),
     _TAYLOR(F=16, H=64, in_tests=True),
-    _TAYLOR(B=2, T=1000, N=8, K=2, F=32, H=128, packed=True, in_tests=True),
+    _TAYLOR(B=4, T=1000, N=8, K=2, F=16, H=128, packed=True, sharded=True, in_tests=True),
+    _TAYLOR(F=32, H=64),
     _IDENTITY(F=128, H=128),
     _LSSAR(F=128, H=128),
-    _LSSAR(B=2, T=1000, N=8, K=2, F=64, H=64, packed=True, in_tests=True),
-    _LSSA(T=131072, F=64, H=64),
-    _LSSA(T=2048, F=128, H=128, in_tests=True),
+    _LSSAR(T=131072, F=128, H=128),
+    _LSSA(F=64, H=64),
+    _LSSAR(B=2, T=500, N=8, K=2, F=64, H=64, packed=True, in_tests=True),
+    _LSSA(T=500, N=8, K=8, F=128, H=128, in_tests=True),
 ]
 
 
 def compiled(case: Case, chip: str) -> Any:
-    """The case's gradients, compiled for one device of a kind of TPU."""
-    device = topologies.get_topology_desc(platform="tpu", topology_name=CHIPS[chip]).devices[0]
-    here = SingleDeviceSharding(device)
+    """The case's gradients, compiled for a kind of TPU."""
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=CHIPS[chip]).devices
+    run = case.gradients
+    mesh = Mesh(np.array(devices if case.sharded else devices[:1]), ("data",))
+    if case.sharded:
+        split = PartitionSpec("data")
+        run = jax.shard_map(run, mesh=mesh, in_specs=split, out_specs=split, check_vma=False)
+    here = NamedSharding(mesh, PartitionSpec("data"))
     placed = (jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here) for x in case.arrays())
-    with jax.default_device(device):  # what ops look at
-        return jax.jit(case.gradients).lower(*placed).compile()
+    with jax.default_device(devices[0]):  # what ops look at
+        return jax.jit(run).lower(*placed).compile()
 
 
 def memory(program: Any) -> dict[str, Any]:
@@ -180,8 +192,8 @@ def record(case: Case) -> dict[str, Any]:
 def version(library: str) -> str:
     """The compiler's version."""
     folder = str(Path(library).parents[1])
-    (found,) = importlib.metadata.distributions(name="libtpu", path=[folder])
-    return found.version
+    found = importlib.metadata.distributions(name="libtpu", path=[folder])
+    return next((distribution.version for distribution in found), "unknown")
 
 
 def main(arguments: list[str]) -> None:

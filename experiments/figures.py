@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -62,6 +62,7 @@ class Panel:
       series: what is drawn.
       xscale, yscale: "log2" marks powers of 2 by their values.
       ylim: None fits the data.
+      shade: a stretch of x to set off from the rest. None: none.
       direct_labels: name each curve at its last point, beside the axes, where many curves make a
         legend hard to follow. The panel is then larger.
     """
@@ -73,12 +74,13 @@ class Panel:
     xscale: Literal["linear", "log", "log2"] = "linear"
     yscale: Literal["linear", "log", "log2"] = "linear"
     ylim: tuple[float, float] | None = None
+    shade: tuple[float, float] | None = None
     direct_labels: bool = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class HeatMap:
-    """A grid of numbers between two limits, each written into its cell.
+    """A grid of numbers between two limits.
 
     Attributes:
       xlabel, ylabel: with the unit.
@@ -86,6 +88,8 @@ class HeatMap:
       values: `[row][column]`. None: an empty cell.
       limits: the numbers of the first and the last colour.
       label: what the numbers are, for the colour bar that all heat maps of a figure share.
+      written: write each number into its cell. Off for grids too fine to read, which also name
+        only some of their columns and rows.
     """
 
     xlabel: str
@@ -96,6 +100,28 @@ class HeatMap:
     title: str = ""
     limits: tuple[float, float] = (0.0, 1.0)
     label: str = ""
+    written: bool = True
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Bars:
+    """A number for each of many names, as horizontal bars from the top.
+
+    Attributes:
+      xlabel: with the unit.
+      names, values: what the bars are and how long.
+      margins: half the width of the interval around each value, drawn as a whisker.
+      levels: values to compare with by name, drawn as lines across the bars.
+      limits: of the axis.
+    """
+
+    xlabel: str
+    names: Sequence[str]
+    values: Sequence[float]
+    margins: Sequence[float]
+    title: str = ""
+    levels: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    limits: tuple[float, float] | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -111,7 +137,7 @@ class Figure:
 
     name: str
     caption: str
-    panels: Sequence[Panel | HeatMap]
+    panels: Sequence[Panel | HeatMap | Bars]
     max_columns: int = 4
 
     @property
@@ -128,6 +154,9 @@ class Figure:
         rows = math.ceil(len(self.panels) / columns)
         named = any(panel.direct_labels for panel in curves)
         width, height = (7.2, 5.0) if named else (4.6, 3.6) if curves else (3.2, 2.6)
+        bars = [len(panel.names) for panel in self.panels if isinstance(panel, Bars)]
+        if bars:
+            width, height = 6.2, max(height, 1.2 + 0.24 * max(bars))
         with mpl.rc_context(_STYLE):
             canvas = Canvas(figsize=(width * columns, height * rows))
             grid = canvas.subplots(rows, columns, squeeze=False).flat
@@ -138,10 +167,12 @@ class Figure:
                         _draw(axes, panel, looks)
                     case HeatMap():
                         colors[axes] = _draw_grid(axes, panel)
+                    case Bars():
+                        _draw_bars(axes, panel)
                     case _:
                         axes.set_axis_off()
             if labels and not named:
-                _add_legend(canvas)
+                _add_legend(canvas, max_columns=min(4, 2 * columns))
             if colors:
                 _add_color_bar(canvas, colors, self.panels)
             path = folder / self.file
@@ -155,19 +186,18 @@ def _looks() -> Iterator[tuple[str, str]]:
         yield from zip(PALETTE, MARKERS[turn:] + MARKERS[:turn], strict=True)
 
 
-def _add_legend(canvas: Canvas) -> None:
+def _add_legend(canvas: Canvas, max_columns: int) -> None:
     handles = {
         label: handle
         for axes in canvas.axes
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
     }
-    canvas.legend(
-        handles.values(), handles.keys(), loc="outside lower center", ncols=min(len(handles), 4)
-    )
+    ncols = min(len(handles), max_columns)
+    canvas.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=ncols)
 
 
 def _add_color_bar(
-    canvas: Canvas, colors: dict[Axes, AxesImage], panels: Sequence[Panel | HeatMap]
+    canvas: Canvas, colors: dict[Axes, AxesImage], panels: Sequence[Panel | HeatMap | Bars]
 ) -> None:
     scales = {(p.label, p.limits) for p in panels if isinstance(p, HeatMap)}
     if len(scales) > 1:
@@ -194,6 +224,8 @@ def _draw(axes: Axes, panel: Panel, looks: dict[str, tuple[str, str]]) -> None:
     axes.set(xlabel=panel.xlabel, ylabel=panel.ylabel, title=panel.title)
     if panel.ylim is not None:
         axes.set_ylim(panel.ylim)
+    if panel.shade is not None:
+        axes.axvspan(*panel.shade, color="black", alpha=0.08, linewidth=0)
     if panel.direct_labels:
         _name_curves(axes, panel, looks)
 
@@ -246,10 +278,10 @@ def _draw_grid(axes: Axes, panel: HeatMap) -> AxesImage:
     values = [[math.nan if v is None else v for v in row] for row in panel.values]
     image = axes.imshow(values, cmap="cividis", vmin=low, vmax=high, aspect="auto")
     axes.grid(visible=False)
-    axes.set_xticks(range(len(panel.columns)), panel.columns)
-    axes.set_yticks(range(len(panel.rows)), panel.rows)
+    axes.set_xticks(*_named(panel.columns, all_of_them=panel.written))
+    axes.set_yticks(*_named(panel.rows, all_of_them=panel.written))
     axes.set(xlabel=panel.xlabel, ylabel=panel.ylabel, title=panel.title)
-    for y, row in enumerate(panel.values):
+    for y, row in enumerate(panel.values if panel.written else ()):
         for x, value in enumerate(row):
             if value is not None:
                 dark = value < (low + high) / 2
@@ -258,6 +290,32 @@ def _draw_grid(axes: Axes, panel: HeatMap) -> AxesImage:
                     color="white" if dark else "black",
                 )  # fmt: skip
     return image
+
+
+def _draw_bars(axes: Axes, panel: Bars) -> None:
+    places = range(len(panel.names))
+    axes.barh(
+        places, panel.values, xerr=panel.margins, color=PALETTE[0], alpha=0.75,
+        error_kw={"elinewidth": 1, "capsize": 2},
+    )  # fmt: skip
+    axes.set_yticks(places, panel.names)
+    axes.invert_yaxis()
+    axes.grid(visible=False, axis="y")
+    if panel.limits is not None:
+        axes.set_xlim(panel.limits)
+    for color, (name, value) in zip(itertools.cycle(PALETTE[1:]), panel.levels.items()):
+        axes.axvline(value, color=color, linestyle="--", linewidth=1)
+        axes.annotate(
+            f"{name} ", xy=(value, 1.0), xycoords=("data", "axes fraction"), rotation=30,
+            ha="left", va="bottom", fontsize=7, color=color, annotation_clip=False,
+        )  # fmt: skip
+    axes.set(xlabel=panel.xlabel, title=panel.title)
+
+
+def _named(names: Sequence[str], *, all_of_them: bool) -> tuple[range, Sequence[str]]:
+    """Where ticks stand and what they say: at most eight, unless all are asked for."""
+    step = 1 if all_of_them else math.ceil(len(names) / 8)
+    return range(0, len(names), step), names[::step]
 
 
 def _scale(axes: Axes, axis: Literal["x", "y"], scale: str) -> None:

@@ -12,6 +12,7 @@ import os
 import platform
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -134,8 +135,9 @@ def environment() -> dict[str, Any]:
 
 def describe_environment(record: Mapping[str, Any]) -> str:
     """The lines of a report that say where its numbers come from."""
+    cost = f"{record['cpu_seconds']:,} s of CPU time; " if "cpu_seconds" in record else ""
     return (
-        f"`{record['command']}`\n\n{record['date']} on {describe_machine(record)}; "
+        f"`{record['command']}`\n\n{record['date']} on {describe_machine(record)}; {cost}"
         f"commit {record['commit'] or 'unknown'}."
     )
 
@@ -158,7 +160,13 @@ def write_results(run_dir: Path, results: Mapping[str, Any]) -> None:
 def publish(
     results: Mapping[str, Any], report: Callable[[Mapping[str, Any]], Report], run_dir: Path
 ) -> None:
-    """Writes the results, and the report made from them, and prints its tables."""
+    """Writes the results, and the report made from them, and prints its tables.
+
+    The time that the process took of all cores goes with them: unlike seconds on the clock, it says
+    what the script costs on a machine that does other work too.
+    """
+    environment = {**results["environment"], "cpu_seconds": round(time.process_time())}
+    results = {**results, "environment": environment}
     write_results(run_dir, results)
     page = report(results)
     page.save(run_dir)

@@ -10,7 +10,7 @@ from flax import nnx
 
 from lcattn.config import Config
 from lcattn.errors import argument_error
-from lcattn.nn import MixerConfig, SwiGLU
+from lcattn.nn import MixerConfig, SwiGLU, TokenMixer
 from lcattn.nn.layers import LayerConfig, layer_norm, rms_norm
 from lcattn.nn.mixer import State
 from lcattn.typing import Array, Hidden, Logits, Positions, PRNGKeyArray, SegmentIds, Tokens
@@ -115,18 +115,26 @@ class Block(nnx.Module):
             self.mlp_norm = self.mlp = None
 
     def __call__(
-        self, h: Hidden, segment_ids: SegmentIds | None, positions: Positions | None
+        self,
+        h: Hidden,
+        segment_ids: SegmentIds | None,
+        positions: Positions | None,
+        tokens: Tokens | None = None,
     ) -> tuple[Hidden, dict[str, Array]]:
         """The stream after this block, and what the mixer and the MLP added to it."""
-        mixed = self.mixer(self.norm(h), segment_ids, positions)
-        return self._finish(h, mixed)
+        mixed = self.mixer(self.norm(h), segment_ids, positions, **self._read(tokens))
+        return self.finish(h, mixed)
 
-    def extend(self, h: Hidden, state: State) -> tuple[Hidden, State]:
+    def extend(self, h: Hidden, state: State, tokens: Tokens | None = None) -> tuple[Hidden, State]:
         """Continues each stream."""
-        mixed, state = self.mixer.extend(self.norm(h), state)
-        return self._finish(h, mixed)[0], state
+        mixed, state = self.mixer.extend(self.norm(h), state, **self._read(tokens))
+        return self.finish(h, mixed)[0], state
 
-    def _finish(self, h: Hidden, mixed: Hidden) -> tuple[Hidden, dict[str, Array]]:
+    def _read(self, tokens: Tokens | None) -> dict[str, Any]:
+        return {"tokens": tokens} if isinstance(self.mixer, TokenMixer) else {}
+
+    def finish(self, h: Hidden, mixed: Hidden) -> tuple[Hidden, dict[str, Array]]:
+        """The rest of the block, once its mixer's output `mixed` is known."""
         h = h + mixed
         added = {"mixer": mixed}
         if self.mlp is not None and self.mlp_norm is not None:
@@ -176,19 +184,44 @@ class LM(nnx.Module):
         Returns:
           Logits `[B,T,V]` in float32, or those and the intermediates.
         """
-        self._check(tokens)
-        h = self._embed(tokens)
+        h = self.embed(tokens)
         if rng is not None and self.config.dropout:
             kept = jax.random.bernoulli(rng, 1 - self.config.dropout, h.shape)
             h = jnp.where(kept, h / (1 - self.config.dropout), 0)
-        captured = {"embedding": h}
+        logits, captured = self.score(h, segment_ids, positions, tokens=tokens)
+        return (logits, captured) if capture else logits
+
+    def embed(self, tokens: Tokens) -> Hidden:
+        """Where the stream starts, `[B,T,D]` in float32."""
+        self._check(tokens)
+        return self.embedding.embedding[...][tokens].astype(jnp.float32)
+
+    def score(
+        self,
+        embeddings: Hidden,
+        segment_ids: SegmentIds | None = None,
+        positions: Positions | None = None,
+        *,
+        tokens: Tokens | None = None,
+    ) -> tuple[Logits, dict[str, Array]]:
+        """The model after its embedding: logits and intermediates, as named by `capture`.
+
+        `tokens` are for mixers that read them (`lcattn.nn.TokenMixer`).
+        """
+        h, captured = embeddings, {"embedding": embeddings}
         run = nnx.remat(Block.__call__) if self.config.remat else Block.__call__
         for i, block in enumerate(self.blocks):
-            h, added = run(block, h, segment_ids, positions)
+            h, added = run(block, h, segment_ids, positions, tokens)
             captured |= {f"block_{i}/{name}": value for name, value in added.items()}
             captured[f"block_{i}"] = h
-        logits, captured["norm"] = self._head(h)
-        return (logits, captured) if capture else logits
+        logits, captured["norm"] = self.unembed(h)
+        return logits, captured
+
+    def unembed(self, h: Hidden) -> tuple[Logits, Hidden]:
+        """Logits from the stream after the last block, and its normed form."""
+        h = self.norm(h)
+        table = self.embedding.embedding[...].astype(h.dtype)
+        return jnp.einsum("btd,vd->btv", h, table, preferred_element_type=jnp.float32), h
 
     def init_state(self, batch_size: int, max_length: int, dtype: Any = None) -> LMState:
         """The state before the first token; see `lcattn.nn.Mixer.init_state`."""
@@ -197,14 +230,13 @@ class LM(nnx.Module):
 
     def extend(self, tokens: Tokens, state: LMState) -> tuple[Logits, LMState]:
         """Continues each stream by `[B,T]` tokens; cut as you like, the logits are the same."""
-        self._check(tokens)
         if len(state.layers) != len(self.blocks):
             raise argument_error("state", f"{len(self.blocks)} layers", len(state.layers))
-        h, layers = self._embed(tokens), []
+        h, layers = self.embed(tokens), []
         for block, layer in zip(self.blocks, state.layers, strict=True):
-            h, layer = block.extend(h, layer)
+            h, layer = block.extend(h, layer, tokens)
             layers.append(layer)
-        return self._head(h)[0], LMState(tuple(layers))
+        return self.unembed(h)[0], LMState(tuple(layers))
 
     def state_bytes(self, length: int, dtype: Any = None) -> int:
         """Bytes of state of one stream of `length` tokens, over all layers."""
@@ -215,11 +247,3 @@ class LM(nnx.Module):
             raise argument_error("tokens", "2 axes [B,T] with T > 0", f"shape {tokens.shape}")
         if not jnp.issubdtype(tokens.dtype, jnp.integer):
             raise argument_error("tokens", "an integer dtype", tokens.dtype)
-
-    def _embed(self, tokens: Tokens) -> Hidden:
-        return self.embedding.embedding[...][tokens].astype(jnp.float32)
-
-    def _head(self, h: Hidden) -> tuple[Logits, Hidden]:
-        h = self.norm(h)
-        table = self.embedding.embedding[...].astype(h.dtype)
-        return jnp.einsum("btd,vd->btv", h, table, preferred_element_type=jnp.float32), h

@@ -22,8 +22,9 @@ from lcattn.nn.memory_hybrids import (
     MemoryAsLayer,
     MemoryAsLayerConfig,
 )
-from lcattn.nn.mixer import Mixer, MixerConfig
+from lcattn.nn.mixer import Mixer, MixerConfig, TokenMixer
 from lcattn.nn.neural_memory import NeuralMemory, NeuralMemoryConfig
+from lcattn.nn.ngram_heads import NGramHeads, NGramHeadsConfig, NGramState
 from lcattn.nn.persistent_attention import PersistentAttention, PersistentAttentionConfig
 from lcattn.nn.prefix_linear_attention import (
     PrefixLinearAttention,
@@ -38,6 +39,7 @@ from lcattn.nn.short_convolution import (
     ShortConvolution,
     ShortConvolutionConfig,
 )
+from lcattn.nn.smeared_attention import SmearedAttention, SmearedAttentionConfig, SmearedState
 from lcattn.nn.softmax_attention import SoftmaxAttention, SoftmaxAttentionConfig
 from lcattn.nn.softplus_attention import SoftplusAttention, SoftplusAttentionConfig
 
@@ -74,6 +76,9 @@ __all__ = [
     "MemoryAsLayerConfig",
     "Mixer",
     "MixerConfig",
+    "NGramHeads",
+    "NGramHeadsConfig",
+    "NGramState",
     "NeuralMemory",
     "NeuralMemoryConfig",
     "PersistentAttention",
@@ -90,10 +95,14 @@ __all__ = [
     "SelectiveAttentionConfig",
     "ShortConvolution",
     "ShortConvolutionConfig",
+    "SmearedAttention",
+    "SmearedAttentionConfig",
+    "SmearedState",
     "SoftmaxAttention",
     "SoftmaxAttentionConfig",
     "SoftplusAttention",
     "SoftplusAttentionConfig",
     "SwiGLU",
+    "TokenMixer",
     "auxiliary_loss",
 ]

@@ -63,9 +63,23 @@ class AttentionMixer[C: AttentionConfig](HeadsMixer[C]):
         positions: Positions | None = None,
     ) -> Hidden:
         """Mixes whole sequences."""
-        index = default_positions(x, segment_ids)
-        q, k, v = self._heads(x, index if positions is None else positions, index + 1)
+        q, k, v = self._all_heads(x, segment_ids, positions)
         return self.project_out(self._attend(q, k, v, segment_ids=segment_ids))
+
+    @override
+    def attention_map(
+        self,
+        x: Hidden,
+        segment_ids: SegmentIds | None = None,
+        positions: Positions | None = None,
+    ) -> Float[Array, "B N T T"] | None:
+        """The op's weights, of values as the op gets them."""
+        q, k, _ = self._all_heads(x, segment_ids, positions)
+        return self._attend(q, k, self.one_hot_values(x), segment_ids=segment_ids).swapaxes(1, 2)
+
+    def _all_heads(self, x: Hidden, segment_ids: SegmentIds | None, positions: Positions | None):
+        index = default_positions(x, segment_ids)
+        return self._heads(x, index if positions is None else positions, index + 1)
 
     @abc.abstractmethod
     def _attend(self, q: Array, k: Array, v: Array, **options: Any) -> Any:

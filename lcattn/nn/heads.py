@@ -3,6 +3,7 @@
 import dataclasses
 from typing import ClassVar, override
 
+import jax.numpy as jnp
 from flax import nnx
 
 from lcattn.nn.layers import merge_heads, projection, split_heads
@@ -89,6 +90,16 @@ class HeadsMixer[C: HeadsConfig](Mixer):
     ) -> tuple[Float[Array, "B T N F"], Float[Array, "B T K F"], Float[Array, "B T K H"]]:
         """Heads of queries, keys and values."""
         return self.split(self.query(x), self.key(x), self.value(x))
+
+    def one_hot_values(self, x: Hidden) -> Float[Array, "B T K T"]:
+        """Values that say where they stand: the op's output for them is its attention map.
+
+        Exact for every op that is linear in its values and treats their channels alike, whichever
+        implementation runs.
+        """
+        B, T, _ = x.shape
+        places = jnp.eye(T, dtype=self.config.dtype or "float32")
+        return jnp.broadcast_to(places[None, :, None], (B, T, self.config.kv_heads, T))
 
     def project_out(self, heads: Float[Array, "B T N H"]) -> Hidden:
         """Back to the width."""

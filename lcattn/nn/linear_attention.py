@@ -13,7 +13,7 @@ from lcattn.nn.mixer import check_stream
 from lcattn.ops import LinearAttentionState
 from lcattn.ops.linear_attention.features import is_normalized_by_default
 from lcattn.traits import Traits
-from lcattn.typing import Array, Hidden, Positions, SegmentIds
+from lcattn.typing import Array, Float, Hidden, Positions, SegmentIds
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -115,7 +115,20 @@ class LinearAttention(FeatureMapMixer[LinearAttentionConfig]):
     ) -> Hidden:
         """Mixes whole sequences; `positions` do not matter."""
         del positions
-        return self.project_out(self._attend(x, segment_ids=segment_ids))
+        return self.project_out(self._attend(*self.project(x), segment_ids=segment_ids))
+
+    @override
+    def attention_map(
+        self,
+        x: Hidden,
+        segment_ids: SegmentIds | None = None,
+        positions: Positions | None = None,
+    ) -> Float[Array, "B N T T"]:
+        """The op's weights; with `normalize`, rows sum to 1."""
+        del positions
+        q, k, _ = self.project(x)
+        weights = self._attend(q, k, self.one_hot_values(x), segment_ids=segment_ids)
+        return weights.swapaxes(1, 2)
 
     def init_state(self, batch_size: int, max_length: int, dtype=None) -> LinearAttentionState:
         """Zeros, in float32 whatever `dtype`."""
@@ -125,8 +138,8 @@ class LinearAttention(FeatureMapMixer[LinearAttentionConfig]):
     def extend(self, x: Hidden, state: LinearAttentionState) -> tuple[Hidden, LinearAttentionState]:
         """Continues each stream."""
         check_stream(x, state.kv)
-        out, state = self._attend(x, initial_state=state, return_state=True)
+        out, state = self._attend(*self.project(x), initial_state=state, return_state=True)
         return self.project_out(out), state
 
-    def _attend(self, x: Array, **options: Any) -> Any:
-        return ops.linear_attention(*self.project(x), **self.options, **options)
+    def _attend(self, q: Array, k: Array, v: Array, **options: Any) -> Any:
+        return ops.linear_attention(q, k, v, **self.options, **options)

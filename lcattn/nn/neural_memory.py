@@ -126,6 +126,10 @@ class NeuralMemory(RecurrentMixer[NeuralMemoryConfig]):
             scale=self.config.head_size**0.5, activation=self.config.activation, **options,
         )  # fmt: skip
 
+    @override
+    def attention_map(self, x: Hidden, segment_ids: Any = None, positions: Any = None) -> None:
+        """None: the answers of a network are not sums of the values it was trained on."""
+
     def continue_from(
         self, x: Hidden, memory: NeuralMemoryState, segment_ids: SegmentIds | None = None
     ) -> tuple[Hidden, NeuralMemoryState]:

@@ -11,7 +11,7 @@ from lcattn import ops
 from lcattn.nn.layers import split_heads
 from lcattn.nn.softmax_attention import SoftmaxAttention, SoftmaxAttentionConfig
 from lcattn.ops.merging import merge
-from lcattn.typing import Array, Float
+from lcattn.typing import Array, Float, Hidden
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,6 +52,10 @@ class PersistentAttention(SoftmaxAttention):
         self.persistent = nnx.Param(
             jax.random.normal(rngs.params(), shape, dtype), axes=(None, "embed")
         )
+
+    @override
+    def attention_map(self, x: Hidden, segment_ids: Any = None, positions: Any = None) -> None:
+        """None: part of the weight lies on tokens that are not in the sequence."""
 
     @override
     def _attend(self, q: Array, k: Array, v: Array, **options: Any) -> Any:

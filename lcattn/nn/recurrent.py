@@ -111,6 +111,22 @@ class RecurrentMixer[C: RecurrentConfig](HeadsMixer[C]):
         heads, _ = self.recur(x, q, k, v, positions, segment_ids=segment_ids, **self._options)
         return self._gated_out(x, heads)
 
+    @override
+    def attention_map(
+        self,
+        x: Hidden,
+        segment_ids: SegmentIds | None = None,
+        positions: Positions | None = None,
+    ) -> Float[Array, "B N T T"] | None:
+        """What is read of each (convolved) value, before the norm and the output's gate."""
+        if positions is None:
+            positions = default_positions(x, segment_ids)
+        q, k, _, _ = self._heads(x, segment_ids=segment_ids)
+        weights, _ = self.recur(
+            x, q, k, self.one_hot_values(x), positions, segment_ids=segment_ids, **self._options
+        )
+        return weights.swapaxes(1, 2)
+
     def init_state(self, batch_size: int, max_length: int, dtype=None) -> RecurrentState:
         """Nothing read yet; the memory is float32 whatever `dtype`: it sums over all tokens."""
         del max_length

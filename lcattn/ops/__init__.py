@@ -47,6 +47,7 @@ from lcattn.ops.neural_memory import (
     neural_memory,
     neural_memory_state,
 )
+from lcattn.ops.ngram_attention import ngram_attention
 from lcattn.ops.positions import alibi_slopes, rotary, segment_positions
 from lcattn.ops.routing_attention import (
     RoutingAttentionState,
@@ -85,6 +86,7 @@ __all__ = [
     "linear_attention_state",
     "neural_memory",
     "neural_memory_state",
+    "ngram_attention",
     "pooled_agents",
     "prefix_linear_attention",
     "rotary",

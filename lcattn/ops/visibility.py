@@ -38,14 +38,25 @@ class Visibility(NamedTuple):
         return (self.begin[..., None, :] <= p) & (p < self.end[..., None, :])
 
     def num_keys(self) -> Int[Array, "b T"]:
-        """Number of keys that each query sees, without T·S memory."""
+        """Number of keys that each query sees, without T·S memory.
+
+        Queries are at T consecutive positions or `HIDDEN`, so counting by position does it; sorting
+        edges takes a GPU many small kernels, and a compiler long.
+        """
+        T = self.queries.shape[1]
+        first = self.queries.max(axis=1, keepdims=True) - (T - 1)
+
+        def place(positions: Array) -> Array:
+            """0 for all positions before `first`, T + 1 for all after the last query."""
+            return jnp.clip(positions, first - 1, first + T) - (first - 1)
 
         def passed(edges: Array) -> Array:
-            search = jax.vmap(lambda e, p: jnp.searchsorted(e, p, side="right"))
-            return search(jnp.sort(edges, axis=1), self.queries)
+            count = jax.vmap(lambda places: jnp.zeros(T + 2, jnp.int32).at[places].add(1))
+            up_to = jnp.cumsum(count(place(edges)), axis=1)
+            return jnp.take_along_axis(up_to, place(self.queries), axis=1)
 
         # A key that is never seen begins and ends at one position, and cancels.
-        return (passed(self.begin) - passed(self.end)).astype(jnp.int32)
+        return passed(self.begin) - passed(self.end)
 
 
 def visibility(

@@ -70,11 +70,10 @@ class TpuLaunchConfig:
             )
 
 
-def tpu_heuristic(*, T: int, feature_map: str, F: int, H: int) -> TpuLaunchConfig:
+def tpu_heuristic(*, T: int, feature_map: str, F: int) -> TpuLaunchConfig:
     """The launch parameters for a shape: 256 tokens, where so many features of them fit in VMEM.
 
     That many fill the matrix unit of every TPU, 256 x 256 at most. Nothing was timed on a TPU.
     """
-    del H
     wide = feature_map == "taylor" and F > 16
     return TpuLaunchConfig(chunk=128 if T <= 128 or wide else 256)

@@ -61,7 +61,7 @@ def linear_attention(
     reason = objection(feature_map=feature_map, dtype=q.dtype, F=F, H=H)
     if reason is not None:
         raise ValueError(f"linear_attention: the mosaic_tpu kernels {reason}")
-    config = config or tpu_heuristic(T=T, feature_map=feature_map, F=F, H=H)
+    config = config or tpu_heuristic(T=T, feature_map=feature_map, F=F)
     phi: FeatureMap = (Taylor if feature_map == "taylor" else Identity)(F, scale)
     plan = Plan(phi, normalize, groups=N // K, H=H, chunk=config.chunk, interpret=interpret)
     length = T + -T % config.chunk

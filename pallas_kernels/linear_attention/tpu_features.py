@@ -19,18 +19,12 @@ from pallas_kernels.tpu import PACKED_SUBLANES
 
 
 class FeatureMap(Protocol):
-    """A similarity p(q, k) = phi(q)·phi(k), and the gradient of phi.
-
-    Attributes:
-      size: features in the kernel, D.
-      published_size: features outside.
-    """
+    """A similarity p(q, k) = phi(q)·phi(k), and the gradient of phi."""
 
     @property
-    def size(self) -> int: ...  # noqa: D102
-
-    @property
-    def published_size(self) -> int: ...  # noqa: D102
+    def size(self) -> int:
+        """Features in the kernel, D."""
+        ...
 
     def score(self, dot: jax.Array) -> jax.Array:
         """The similarity, from q·k."""
@@ -84,11 +78,6 @@ class Taylor:
     def size(self) -> int:
         """Features in the kernel."""
         return self.F * (self.F // 2 + 2) + PACKED_SUBLANES
-
-    @property
-    def published_size(self) -> int:
-        """Features outside."""
-        return 1 + self.F + self.F * (self.F + 1) // 2
 
     def score(self, dot):
         """`1 + x + x²/2`."""
@@ -177,11 +166,6 @@ class Identity:
 
     @property
     def size(self) -> int:
-        """Features."""
-        return self.F
-
-    @property
-    def published_size(self) -> int:
         """Features."""
         return self.F
 

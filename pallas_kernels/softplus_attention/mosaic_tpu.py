@@ -19,8 +19,8 @@ from pallas_kernels.softplus_attention.rows import (
     reciprocal,
     weight_numbers,
 )
+from pallas_kernels.softplus_attention.tpu_plan import Plan
 from pallas_kernels.softplus_attention.tpu_walks import (
-    Plan,
     key_gradients,
     mix,
     query_gradients,

@@ -275,6 +275,42 @@ def short_convolution(
     return y
 
 
+def ngram_attention(
+    inputs: Inputs,
+    segment_ids: np.ndarray | None,
+    *,
+    causal: bool = True,
+    orders: tuple[int, ...] = (1, 2),
+    include_self: bool = True,
+) -> np.ndarray:
+    """The mean over the tokens that come after the n tokens which the query ends; 0 for none.
+
+    An n-gram lies within one document, without padding between its tokens.
+    """
+    assert causal
+    x, tokens = inputs["x"], inputs["tokens"].astype(int)
+    ids = np.zeros(tokens.shape, int) if segment_ids is None else segment_ids
+    out = np.zeros((*tokens.shape, len(orders), x.shape[-1]))
+
+    def ngram(b: int, end: int, n: int, document: np.integer) -> list[int] | None:
+        inside = end >= n and all(ids[b, end - n : end] == document) and document >= 0
+        return tokens[b, end - n : end].tolist() if inside else None
+
+    for b in range(len(tokens)):
+        for o, n in enumerate(orders):
+            before = [ngram(b, j, n, ids[b, j]) for j in range(tokens.shape[1])]
+            for t in range(tokens.shape[1]):
+                last = ngram(b, t + 1, n, ids[b, t])
+                found = [
+                    j
+                    for j in range(t + include_self)
+                    if last is not None and before[j] == last and ids[b, j] == ids[b, t]
+                ]
+                if found:
+                    out[b, t, o] = x[b, found].mean(axis=0)
+    return out
+
+
 def softplus_attention(
     inputs: Inputs,
     segment_ids: np.ndarray | None,

@@ -138,6 +138,7 @@ MIXERS: tuple[MixerCase, ...] = (
             width=16, num_heads=4, num_kv_heads=2, feature_dim=4, chunk_size=8, prefix_length=5
         ),
     ),
+    MixerCase(name="NGramHeads", config=nn.NGramHeadsConfig(width=16, orders=(1, 3))),
     _variant(_convolution_mixer(1)),
     _convolution_mixer(3),
     _agent_mixer("causal"),
@@ -165,6 +166,10 @@ MIXERS: tuple[MixerCase, ...] = (
         )
     ),
     _variant(_selective_mixer("exp,hidden", position="exp", gate_hidden=8)),
+    MixerCase(
+        name="SmearedAttention[grouped]",
+        config=nn.SmearedAttentionConfig(width=16, num_heads=4, num_kv_heads=2, smear_init=0.5),
+    ),
     _softplus_mixer("rope,power=15"),
     _variant(
         _softplus_mixer(

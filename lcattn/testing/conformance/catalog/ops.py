@@ -212,6 +212,24 @@ def _convolution_case(taps: int, *, is_variant: bool = False) -> OpCase:
     )
 
 
+def _ngram_attention(x, tokens, **options):
+    """With tokens among the inputs, so that they are changed and cut like `x`."""
+    return ops.ngram_attention(x, tokens.astype(jnp.int32), **options)
+
+
+def _ngram_case(**options) -> OpCase:
+    return OpCase(
+        name=f"ngram_attention{options or ''}",
+        op=_ngram_attention,
+        oracle=functools.partial(oracles.ngram_attention, **options),
+        inputs={"x": "B T D", "tokens": "B T"},
+        output="B T O D",
+        options=options,
+        draw={"tokens": lambda rng, shape: rng.integers(0, 3, shape) + 0.5},
+        is_variant=bool(options),
+    )
+
+
 def _agent_case(name: str, inputs=None, **fields) -> OpCase:
     return OpCase(
         name="agent_attention" + name,
@@ -362,6 +380,8 @@ OPS: tuple[OpCase, ...] = (
         options=_HYPER,
         bidirectional=True,
     ),
+    _ngram_case(),
+    _ngram_case(orders=(3, 1), include_self=False),
     OpCase(
         name="selective_attention",
         op=ops.selective_attention,
