@@ -1,13 +1,14 @@
-"""What several seeds say together: a mean, and the interval it is known to."""
+"""What several seeds say together: a mean, the interval it is known to, and what others found."""
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Any, Literal
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import scipy.stats
 
 from experiments.figures import Series
+from experiments.reporting import Table
 
 CONFIDENCE = 0.95
 
@@ -57,3 +58,33 @@ def curve(
         line=line,
         marker=marker,
     )
+
+
+class Comparison(NamedTuple):
+    """Somebody else's figure and ours.
+
+    Attributes:
+      of: the model or the setting.
+      what: what was measured, in words.
+      quoted: the figure of the source.
+      source: where it is from.
+      ours: the same from our run, a number for each seed.
+    """
+
+    of: str
+    what: str
+    quoted: float
+    source: str
+    ours: Sequence[float]
+
+
+def comparison_table(comparisons: Iterable[Comparison]) -> Table:
+    """Quoted figures beside ours, with the difference and the single seeds."""
+    rows = []
+    for of, what, quoted, source, ours in comparisons:
+        estimate = Estimate.of(ours)
+        difference = f"{float(estimate.mean) - quoted:+.2g}"
+        seeds = ", ".join(f"{float(x):.3g}" for x in ours)
+        rows.append((of, what, quoted, str(estimate), difference, seeds, source))
+    header = ("of", "figure", "quoted", "ours", "difference", "ours, by seed", "source")
+    return Table(title="Quoted figures beside ours", header=header, rows=rows)

@@ -9,6 +9,7 @@ mechanistic basis of data dependence and abrupt learning in an in-context classi
 arXiv 2312.03002.
 """
 
+import contextlib
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -20,7 +21,7 @@ import numpy as np
 from rich.console import Console
 
 from experiments import cli, reporting
-from experiments.estimates import Estimate, curve
+from experiments.estimates import Comparison, Estimate, comparison_table, curve
 from experiments.figures import Figure, Panel, Series
 from experiments.reporting import Report, Table
 from lcattn.errors import argument_error
@@ -46,6 +47,7 @@ _MODEL = "reconstruction"
 class Quoted(NamedTuple):
     """A figure to set ours beside: `ours` finds it in the results, a number for each seed."""
 
+    of: str
     what: str
     number: float
     source: str
@@ -70,19 +72,19 @@ def _loss(labels: int, step: int) -> Callable[[Mapping[str, Any]], Any]:
 
 
 QUOTED = (
-    Quoted("256 classes: in context", 0.66, _RUN, _small("ic/accuracy")),
-    Quoted("256 classes: in weights", 0.17, _RUN, _small("iw/accuracy")),
-    Quoted("256 classes: CLA", 0.92, _RUN, _small("context_label")),
-    Quoted("256 classes: ILA1", 0.64, _RUN, _small("first_to_item")),
-    Quoted("256 classes: TILA2", 0.52, _RUN, _small("second_to_right_labels")),
-    Quoted("two parameters: beta1", 4.2, _RUN, _two("beta1")),
-    Quoted("two parameters: beta2", 4.5, _RUN, _two("beta2")),
-    Quoted("two parameters: in context", 1.0, _RUN, _two("ic/accuracy")),
-    Quoted("three logits, L = 32: loss at step 100", 3.05, _MODEL, _loss(32, 100)),
-    Quoted("three logits, L = 32: loss at step 300", 0.009, _MODEL, _loss(32, 300)),
-    Quoted("three logits, L = 9: loss at step 300", 2.13, _MODEL, _loss(9, 300)),
-    Quoted("three logits, L = 9: loss at step 1000", 0.003, _MODEL, _loss(9, 1000)),
-    Quoted("three logits, L = N = 8: loss at step 1000", 2.079, _MODEL, _loss(8, 1000)),
+    Quoted("256 classes", "in context", 0.66, _RUN, _small("ic/accuracy")),
+    Quoted("256 classes", "in weights", 0.17, _RUN, _small("iw/accuracy")),
+    Quoted("256 classes", "CLA", 0.92, _RUN, _small("context_label")),
+    Quoted("256 classes", "ILA1", 0.64, _RUN, _small("first_to_item")),
+    Quoted("256 classes", "TILA2", 0.52, _RUN, _small("second_to_right_labels")),
+    Quoted("two parameters", "beta1", 4.2, _RUN, _two("beta1")),
+    Quoted("two parameters", "beta2", 4.5, _RUN, _two("beta2")),
+    Quoted("two parameters", "in context", 1.0, _RUN, _two("ic/accuracy")),
+    Quoted("three logits, L = 32", "loss at step 100", 3.05, _MODEL, _loss(32, 100)),
+    Quoted("three logits, L = 32", "loss at step 300", 0.009, _MODEL, _loss(32, 300)),
+    Quoted("three logits, L = 9", "loss at step 300", 2.13, _MODEL, _loss(9, 300)),
+    Quoted("three logits, L = 9", "loss at step 1000", 0.003, _MODEL, _loss(9, 1000)),
+    Quoted("three logits, L = N = 8", "loss at step 1000", 2.079, _MODEL, _loss(8, 1000)),
 )
 
 
@@ -256,18 +258,12 @@ def halfway_step(steps: list[int], values: np.ndarray) -> float:
 
 
 def comparison(results: Mapping[str, Any]) -> Table:
-    """Quoted figures beside ours, with the difference; those of settings not run are left out."""
-    rows = []
+    """The quoted figures of the settings that were run."""
+    found = []
     for quoted in QUOTED:
-        try:
-            ours = Estimate.of(quoted.ours(results))
-        except (KeyError, ValueError):
-            continue
-        difference = f"{ours.mean - quoted.number:+.2g}"
-        by_seed = ", ".join(f"{x:.3g}" for x in quoted.ours(results))
-        rows.append((quoted.what, quoted.number, quoted.source, str(ours), difference, by_seed))
-    header = ("figure", "quoted", "source", "ours", "difference", "ours, by seed")
-    return Table(title="Quoted figures beside ours", header=header, rows=rows)
+        with contextlib.suppress(KeyError, ValueError):  # of a setting that was not run
+            found.append(Comparison(*quoted[:4], ours=quoted.ours(results)))
+    return comparison_table(found)
 
 
 def data_dependence(results: Mapping[str, Any]) -> Figure:

@@ -20,7 +20,7 @@ from flax import nnx
 from rich.console import Console
 
 from experiments import cli, reporting
-from experiments.estimates import Estimate, curve
+from experiments.estimates import Comparison, Estimate, comparison_table, curve
 from experiments.figures import Figure, HeatMap, Panel, Series
 from experiments.reporting import Report, Table, show_bytes
 from experiments.sweep import folder
@@ -472,18 +472,12 @@ def roles_table(models: Mapping[str, Any]) -> Table:
 
 
 def comparison(models: Mapping[str, Any]) -> Table:
-    """Quoted figures beside ours, with the difference."""
-    rows = []
-    for quoted in QUOTED:
-        if quoted.model in models:
-            ours = Estimate.of(quoted.ours(models[quoted.model]))
-            difference = float(ours.mean - quoted.number)
-            rows.append(
-                (quoted.model, quoted.what, quoted.number, quoted.source, str(ours),
-                 f"{difference:+.2g}")
-            )  # fmt: skip
-    header = ("model", "figure", "quoted", "source", "ours", "difference")
-    return Table(title="Quoted figures beside ours", header=header, rows=rows)
+    """The quoted figures of the models that were trained."""
+    return comparison_table(
+        Comparison(*quoted[:4], ours=quoted.ours(models[quoted.model]))
+        for quoted in QUOTED
+        if quoted.model in models
+    )
 
 
 def heads(run: Mapping[str, Any]) -> bool:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.estimates import Estimate
+from experiments.estimates import Comparison, comparison_table
 from experiments.figures import Panel, Series
 from experiments.reporting import Table
 from lcattn.config import Config
@@ -60,14 +60,11 @@ def curves(result: SeedsResult) -> dict[str, Any]:
 
 def against_paper(records: Mapping[str, Mapping[str, Any]]) -> Table:
     """Every published figure beside ours."""
-    rows = []
-    for study, record in records.items():
-        for name, published in record["published"].items():
-            ours = Estimate.of(record["measured"][name])
-            difference = f"{float(ours.mean) - published:+.2g}"
-            rows.append((study, name, published, str(ours), difference, record["source"]))
-    header = ("study", "what", "published", "ours", "difference", "source")
-    return Table(title="The papers' figures and ours", header=header, rows=rows)
+    return comparison_table(
+        Comparison(study, name, published, record["source"], record["measured"][name])
+        for study, record in records.items()
+        for name, published in record["published"].items()
+    )
 
 
 def level(label: str, x: Sequence[float], value: float) -> Series:
