@@ -192,12 +192,13 @@ def test_mechanisms_end_to_end(tmp_path):
         (0.2062, 0.999, "a step of GD (cosine ≥ 0.99)"),
         (0.15, 0.93, "better than a step of GD"),
         (0.23, 0.95, "near a step of GD (cosine ≥ 0.9)"),
-        (0.41, 0.2, "nothing learned (½ MSE ≥ 0.4)"),
-        (0.3, 0.7, "something else"),
+        (0.3, 0.7, "part of a step of GD"),
+        (0.41, 0.05, "nothing of it (cosine < 0.1)"),
     ],
 )
 def test_verdicts(loss, cosine, words):
-    assert icl_mixers.verdict({"a/loss": [loss], "a/GD/cos": [cosine]}, "a") == words
+    measured = {"a/loss": [loss], "a/GD/cos": [cosine], "a/GD/loss": [0.2062]}
+    assert icl_mixers.verdict(measured, "a") == words
 
 
 def test_algorithms_end_to_end(tmp_path):
