@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+LIBTPU := $(VENV)/libtpu
 WORKERS ?= 2
 
 .PHONY: demo test lint format types notebooks docs lock clean install
@@ -13,7 +14,7 @@ install: $(INSTALLED)
 demo: $(INSTALLED)
 	$(BIN)/python -m experiments.demo --gin_file=configs/demo.gin --run_dir=runs/demo
 
-test: $(INSTALLED)
+test: $(INSTALLED) $(LIBTPU)
 	$(BIN)/python -m pytest -n $(WORKERS) --dist=loadgroup
 	JAX_PLATFORMS=cpu JAX_COMPILATION_CACHE_DIR=$(CURDIR)/.cache/jax $(BIN)/python -m pytest --nbmake colab
 
@@ -41,7 +42,9 @@ docs: $(INSTALLED)
 lock:
 	rm -rf $(VENV)
 	$(MAKE) install CONSTRAINTS=
+	$(MAKE) $(LIBTPU) CONSTRAINTS=
 	$(BIN)/pip freeze --exclude-editable > constraints.txt
+	$(BIN)/pip freeze --path $(LIBTPU) >> constraints.txt
 	touch $(INSTALLED)
 
 clean:
@@ -54,3 +57,12 @@ $(INSTALLED): pyproject.toml $(wildcard constraints.txt)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(CONSTRAINTS) --editable ".[test]"
 	@touch $@
+
+# The compiler for TPUs (built for Linux on x86-64 only; elsewhere the tests that need it are skipped).
+# It lies beside Python's packages, where only those tests find it: a program that can import it
+# looks for a TPU whenever it starts.
+$(LIBTPU): $(INSTALLED)
+	rm -rf $@
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(CONSTRAINTS) --no-deps \
+	  --target $@ "libtpu; sys_platform == 'linux' and platform_machine == 'x86_64'"
+	@mkdir -p $@ && touch $@

@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -104,6 +104,27 @@ class HeatMap:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Bars:
+    """A number for each of many names, as horizontal bars from the top.
+
+    Attributes:
+      xlabel: with the unit.
+      names, values: what the bars are and how long.
+      margins: half the width of the interval around each value, drawn as a whisker.
+      levels: values to compare with by name, drawn as lines across the bars.
+      limits: of the axis.
+    """
+
+    xlabel: str
+    names: Sequence[str]
+    values: Sequence[float]
+    margins: Sequence[float]
+    title: str = ""
+    levels: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    limits: tuple[float, float] | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Figure:
     """Panels with one legend and one colour bar, saved as `<name>.png`.
 
@@ -116,8 +137,13 @@ class Figure:
 
     name: str
     caption: str
-    panels: Sequence[Panel | HeatMap]
+    panels: Sequence[Panel | HeatMap | Bars]
     max_columns: int = 4
+
+    @property
+    def file(self) -> str:
+        """The name of its file."""
+        return f"{self.name}.png"
 
     def save(self, folder: Path) -> Path:
         """Draws the figure into `folder` and returns the file."""
@@ -128,6 +154,9 @@ class Figure:
         rows = math.ceil(len(self.panels) / columns)
         named = any(panel.direct_labels for panel in curves)
         width, height = (7.2, 5.0) if named else (4.6, 3.6) if curves else (3.2, 2.6)
+        bars = [len(panel.names) for panel in self.panels if isinstance(panel, Bars)]
+        if bars:
+            width, height = 6.2, max(height, 1.2 + 0.24 * max(bars))
         with mpl.rc_context(_STYLE):
             canvas = Canvas(figsize=(width * columns, height * rows))
             grid = canvas.subplots(rows, columns, squeeze=False).flat
@@ -138,13 +167,15 @@ class Figure:
                         _draw(axes, panel, looks)
                     case HeatMap():
                         colors[axes] = _draw_grid(axes, panel)
+                    case Bars():
+                        _draw_bars(axes, panel)
                     case _:
                         axes.set_axis_off()
             if labels and not named:
-                _add_legend(canvas)
+                _add_legend(canvas, max_columns=min(4, 2 * columns))
             if colors:
                 _add_color_bar(canvas, colors, self.panels)
-            path = folder / f"{self.name}.png"
+            path = folder / self.file
             canvas.savefig(path)
         return path
 
@@ -155,19 +186,18 @@ def _looks() -> Iterator[tuple[str, str]]:
         yield from zip(PALETTE, MARKERS[turn:] + MARKERS[:turn], strict=True)
 
 
-def _add_legend(canvas: Canvas) -> None:
+def _add_legend(canvas: Canvas, max_columns: int) -> None:
     handles = {
         label: handle
         for axes in canvas.axes
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
     }
-    canvas.legend(
-        handles.values(), handles.keys(), loc="outside lower center", ncols=min(len(handles), 4)
-    )
+    ncols = min(len(handles), max_columns)
+    canvas.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=ncols)
 
 
 def _add_color_bar(
-    canvas: Canvas, colors: dict[Axes, AxesImage], panels: Sequence[Panel | HeatMap]
+    canvas: Canvas, colors: dict[Axes, AxesImage], panels: Sequence[Panel | HeatMap | Bars]
 ) -> None:
     scales = {(p.label, p.limits) for p in panels if isinstance(p, HeatMap)}
     if len(scales) > 1:
@@ -260,6 +290,26 @@ def _draw_grid(axes: Axes, panel: HeatMap) -> AxesImage:
                     color="white" if dark else "black",
                 )  # fmt: skip
     return image
+
+
+def _draw_bars(axes: Axes, panel: Bars) -> None:
+    places = range(len(panel.names))
+    axes.barh(
+        places, panel.values, xerr=panel.margins, color=PALETTE[0], alpha=0.75,
+        error_kw={"elinewidth": 1, "capsize": 2},
+    )  # fmt: skip
+    axes.set_yticks(places, panel.names)
+    axes.invert_yaxis()
+    axes.grid(visible=False, axis="y")
+    if panel.limits is not None:
+        axes.set_xlim(panel.limits)
+    for color, (name, value) in zip(itertools.cycle(PALETTE[1:]), panel.levels.items()):
+        axes.axvline(value, color=color, linestyle="--", linewidth=1)
+        axes.annotate(
+            f"{name} ", xy=(value, 1.0), xycoords=("data", "axes fraction"), rotation=30,
+            ha="left", va="bottom", fontsize=7, color=color, annotation_clip=False,
+        )  # fmt: skip
+    axes.set(xlabel=panel.xlabel, title=panel.title)
 
 
 def _named(names: Sequence[str], *, all_of_them: bool) -> tuple[range, Sequence[str]]:

@@ -2,9 +2,11 @@
 
     python -m experiments.readme [--check]
 
-`--check` writes nothing and fails if the README says something else.
+It also writes the `report.md` of each recorded experiment, to which the README points. `--check`
+writes nothing and fails if a file says something else.
 """
 
+import collections
 import contextlib
 import importlib
 import importlib.util
@@ -12,7 +14,7 @@ import inspect
 import io
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,14 @@ from flax import nnx as flax_nnx
 import lcattn.nn
 from experiments import benchmark, demo
 from experiments.figures import Figure
-from experiments.reporting import Table, describe_environment, show_bytes
+from experiments.reporting import (
+    REPORT,
+    Report,
+    Table,
+    describe_environment,
+    describe_machine,
+    show_bytes,
+)
 from lcattn.nn import MixerConfig
 from lcattn.ops import dispatch
 
@@ -90,7 +99,8 @@ def _kernel_evidence(op: str) -> str:
     """How far the op's kernel has been tried, if it has one."""
     if importlib.util.find_spec(f"pallas_kernels.{op}") is None:
         return "–"
-    return ", ".join(importlib.import_module(f"pallas_kernels.{op}").EVIDENCE)
+    evidence = importlib.import_module(f"pallas_kernels.{op}").EVIDENCE
+    return "; ".join(f"`{backend}`: {', '.join(claims)}" for backend, claims in evidence.items())
 
 
 def mixer_configs() -> Iterator[MixerConfig]:
@@ -117,19 +127,33 @@ def demo_results() -> str:
 
 
 def recorded_experiments() -> str:
-    """The first figure of each recorded experiment, with its command and machine."""
-    parts = []
+    """The first figure of each recorded experiment, its command, and the machines."""
+    parts, environments = [], []
+    for folder, results, page in _experiments():
+        figure = next(block for block in page.blocks if isinstance(block, Figure))
+        picture, report = _link(folder / figure.file), _link(folder / REPORT)
+        parts += [
+            f"### {page.title}",
+            f"![{figure.caption}]({picture})",
+            figure.caption,
+            f"[Tables and remarks]({report}) of `{results['environment']['command']}`",
+        ]
+        environments.append(results["environment"])
+    return "\n\n".join([*parts, _machines(environments)])
+
+
+def reports() -> dict[Path, str]:
+    """The text of the report of each recorded experiment."""
+    return {folder / REPORT: page.markdown() for folder, _, page in _experiments()}
+
+
+def _experiments() -> Iterator[tuple[Path, dict[str, Any], Report]]:
+    """Folder, results and report of each recorded experiment but the demo, which is shown whole."""
     for folder in sorted(path.parent for path in RECORDS.glob("*/results.json")):
         script = importlib.import_module(f"experiments.{folder.name}")
-        if script is demo:
-            continue  # It has a part of its own.
-        results = _load(folder / "results.json")
-        page = script.report(results)
-        figure = next(block for block in page.blocks if isinstance(block, Figure))
-        picture = _link(folder / f"{figure.name}.png")
-        parts.append(f"### {page.title}\n\n![{figure.caption}]({picture})\n\n{figure.caption}")
-        parts.append(describe_environment(results["environment"]))
-    return "\n\n".join(parts)
+        if script is not demo:
+            results = _load(folder / "results.json")
+            yield folder, results, script.report(results)
 
 
 def benchmarks() -> str:
@@ -144,8 +168,18 @@ def benchmarks() -> str:
             )
             for record in records:
                 parts += [table.markdown() for table in benchmark.comparisons(record)]
-            parts.append(describe_environment(records[0]["environment"]))
+            environments = [record["environment"] for record in records]
+            parts.append("\n".join(f"- `{e['command']}`" for e in environments))
+            parts.append(_machines(environments))
     return "\n\n".join(parts)
+
+
+def _machines(environments: Sequence[Mapping[str, Any]]) -> str:
+    """Where records come from, those of one machine and one set of versions in one sentence."""
+    days = collections.defaultdict(set)
+    for environment in environments:
+        days[describe_machine(environment)].add(environment["date"].partition(" ")[0])
+    return "\n\n".join(f"{', '.join(sorted(d))} on {machine}." for machine, d in days.items())
 
 
 def kernels() -> str:
@@ -179,7 +213,34 @@ def kernels() -> str:
             "least FLOPs, bytes and (softplus) exp2 and log2 over their rates. Errors are "
             "relative to float64: the largest of the output and all gradients."
         )
-    return "\n\n".join(parts)
+    return "\n\n".join([*parts, _compiled_for_tpus()])
+
+
+def _compiled_for_tpus() -> str:
+    """The memory that kernels take on TPUs, from compiling them: none was at hand to run them."""
+    records = {path.stem: _load(path) for path in sorted(RECORDS.glob("tpu/*.json"))}
+    rows = [
+        (
+            f"{kernel}: {row['case']}",
+            chip,
+            *(_megabytes(size) for size in (row["argument_bytes"], taken["temp_bytes"])),
+            _megabytes(max(taken["vmem_bytes"].values())),
+        )
+        for kernel, record in records.items()
+        for row in record["rows"]
+        for chip, taken in row["chips"].items()
+    ]
+    header = ("case (bfloat16), forward + backward", "TPU", "inputs", "HBM besides", "VMEM")
+    table = Table(title="Compiled for TPUs, never run: megabytes", header=header, rows=rows)
+    record = next(iter(records.values()))
+    return table.markdown() + (
+        f"\n\n`python -m benchmarks.tpu KERNEL --out benchmarks/tpu`, jax {record['jax']}, libtpu "
+        f"{record['libtpu']}. HBM besides inputs and gradients; VMEM of the kernel that takes most."
+    )
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:.1f}"
 
 
 def _benchmark_table(records: list[dict[str, Any]]) -> Table:
@@ -220,17 +281,19 @@ def render(text: str) -> str:
 
 
 def main(arguments: list[str]) -> int:
-    """Writes README.md, or with `--check` says whether it is in step."""
+    """Writes README.md and the reports, or with `--check` says which are out of step."""
     if arguments not in ([], ["--check"]):
         print("usage: python -m experiments.readme [--check]", file=sys.stderr)
         return 2
-    old = README.read_text()
-    new = render(old)
-    if arguments and new != old:
-        print("README.md is out of step; run: make docs", file=sys.stderr)
+    pages = {README: render(README.read_text()), **reports()}
+    stale = [path for path, new in pages.items() if not path.exists() or path.read_text() != new]
+    if arguments and stale:
+        names = ", ".join(map(_link, stale))
+        print(f"out of step: {names}; run: make docs", file=sys.stderr)
         return 1
     if not arguments:
-        README.write_text(new)
+        for path in stale:
+            path.write_text(pages[path])
     return 0
 
 

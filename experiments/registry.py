@@ -3,14 +3,18 @@
 Everything that a .gin file may build is listed here and nowhere else.
 """
 
-from experiments import benchmarks
+from experiments import benchmarks, regression
 from experiments.benchmarks.measure import TimingConfig
 from experiments.gin_config import register
 from lcattn import models, nn, probes, tasks, training
-from lcattn.probes import classification
+from lcattn.probes import classification, forgetting
+from lcattn.probes import regression as regression_probes
+from lcattn.tasks import algorithmic, languages, roles
+from lcattn.tasks import regression as regression_tasks
 
 CONFIGURABLES = (
     models.LMConfig,
+    forgetting.ResetConfig,
     nn.AgentAttentionConfig,
     nn.CoreContextAttentionConfig,
     nn.DeltaNetConfig,
@@ -21,6 +25,7 @@ CONFIGURABLES = (
     nn.MemoryAsContextConfig,
     nn.MemoryAsGateConfig,
     nn.MemoryAsLayerConfig,
+    nn.NGramHeadsConfig,
     nn.NeuralMemoryConfig,
     nn.PersistentAttentionConfig,
     nn.PrefixLinearAttentionConfig,
@@ -35,6 +40,10 @@ CONFIGURABLES = (
     classification.AttentionNetwork,
     classification.ItemLabelProblem,
     classification.TwoParameterNetwork,
+    algorithmic.AlgorithmicConfig,
+    languages.AutomataConfig,
+    languages.LanguagesConfig,
+    roles.RolesConfig,
     tasks.CorpusConfig,
     tasks.DataConfig,
     tasks.ExtrapolationTaskConfig,
@@ -53,6 +62,18 @@ CONFIGURABLES = (
     training.SGDConfig,
     training.SeedsConfig,
     training.TrainConfig,
+    regression_tasks.LinearRegressionConfig,
+    regression_tasks.NetworkRegressionConfig,
+    regression_tasks.SineRegressionConfig,
+    regression_tasks.random_covariance,
+    regression_probes.DescentConfig,
+    regression_probes.LSAConfig,
+    regression_probes.StreamRegressorConfig,
+    regression.AlgorithmStudy,
+    regression.DescentStudy,
+    regression.MechanismStudy,
+    regression.OptimumStudy,
+    regression.RepresentationStudy,
     TimingConfig,
     benchmarks.GatedDeltaRuleBenchmark,
     benchmarks.GatedLinearAttentionBenchmark,

@@ -12,6 +12,7 @@ import os
 import platform
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -66,10 +67,16 @@ class Report:
 
     def save(self, run_dir: Path) -> Path:
         """Writes `report.md` and the figures into the run folder."""
-        parts = [f"# {self.title}", *(self._block(block, run_dir) for block in self.blocks)]
+        for block in self.blocks:
+            if isinstance(block, Figure):
+                block.save(run_dir)
         path = run_dir / REPORT
-        path.write_text("\n\n".join(parts) + "\n")
+        path.write_text(self.markdown())
         return path
+
+    def markdown(self) -> str:
+        """The page, which takes its figures from files beside it."""
+        return "\n\n".join([f"# {self.title}", *map(_markdown, self.blocks)]) + "\n"
 
     def print(self, console: Console | None = None) -> None:
         """Prints the tables to the terminal."""
@@ -78,12 +85,15 @@ class Report:
             if isinstance(block, Table):
                 console.print(block.rich())
 
-    def _block(self, block: str | Table | Figure, run_dir: Path) -> str:
-        if isinstance(block, Table):
+
+def _markdown(block: str | Table | Figure) -> str:
+    match block:
+        case Table():
             return block.markdown()
-        if isinstance(block, Figure):
-            return f"![{block.caption}]({block.save(run_dir).name})\n\n{block.caption}"
-        return block
+        case Figure():
+            return f"![{block.caption}]({block.file})\n\n{block.caption}"
+        case _:
+            return block
 
 
 def show(value: Any) -> str:
@@ -125,12 +135,18 @@ def environment() -> dict[str, Any]:
 
 def describe_environment(record: Mapping[str, Any]) -> str:
     """The lines of a report that say where its numbers come from."""
+    cost = f"{record['cpu_seconds']:,} s of CPU time; " if "cpu_seconds" in record else ""
+    return (
+        f"`{record['command']}`\n\n{record['date']} on {describe_machine(record)}; {cost}"
+        f"commit {record['commit'] or 'unknown'}."
+    )
+
+
+def describe_machine(record: Mapping[str, Any]) -> str:
+    """Device, cores and versions."""
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
     device = f"{record['num_devices']} × {record['device']} ({record['platform']})"
-    return (
-        f"`{record['command']}`\n\n{record['date']} on {device}, {record['cpu_cores']} CPU cores; "
-        f"Python {record['python']}, {versions}; commit {record['commit'] or 'unknown'}."
-    )
+    return f"{device}, {record['cpu_cores']} CPU cores; Python {record['python']}, {versions}"
 
 
 def write_results(run_dir: Path, results: Mapping[str, Any]) -> None:
@@ -144,7 +160,13 @@ def write_results(run_dir: Path, results: Mapping[str, Any]) -> None:
 def publish(
     results: Mapping[str, Any], report: Callable[[Mapping[str, Any]], Report], run_dir: Path
 ) -> None:
-    """Writes the results, and the report made from them, and prints its tables."""
+    """Writes the results, and the report made from them, and prints its tables.
+
+    The time that the process took of all cores goes with them: unlike seconds on the clock, it says
+    what the script costs on a machine that does other work too.
+    """
+    environment = {**results["environment"], "cpu_seconds": round(time.process_time())}
+    results = {**results, "environment": environment}
     write_results(run_dir, results)
     page = report(results)
     page.save(run_dir)

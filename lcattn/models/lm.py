@@ -10,7 +10,7 @@ from flax import nnx
 
 from lcattn.config import Config
 from lcattn.errors import argument_error
-from lcattn.nn import MixerConfig, SwiGLU
+from lcattn.nn import MixerConfig, SwiGLU, TokenMixer
 from lcattn.nn.layers import LayerConfig, layer_norm, rms_norm
 from lcattn.nn.mixer import State
 from lcattn.typing import Array, Hidden, Logits, Positions, PRNGKeyArray, SegmentIds, Tokens
@@ -115,16 +115,23 @@ class Block(nnx.Module):
             self.mlp_norm = self.mlp = None
 
     def __call__(
-        self, h: Hidden, segment_ids: SegmentIds | None, positions: Positions | None
+        self,
+        h: Hidden,
+        segment_ids: SegmentIds | None,
+        positions: Positions | None,
+        tokens: Tokens | None = None,
     ) -> tuple[Hidden, dict[str, Array]]:
         """The stream after this block, and what the mixer and the MLP added to it."""
-        mixed = self.mixer(self.norm(h), segment_ids, positions)
+        mixed = self.mixer(self.norm(h), segment_ids, positions, **self._read(tokens))
         return self.finish(h, mixed)
 
-    def extend(self, h: Hidden, state: State) -> tuple[Hidden, State]:
+    def extend(self, h: Hidden, state: State, tokens: Tokens | None = None) -> tuple[Hidden, State]:
         """Continues each stream."""
-        mixed, state = self.mixer.extend(self.norm(h), state)
+        mixed, state = self.mixer.extend(self.norm(h), state, **self._read(tokens))
         return self.finish(h, mixed)[0], state
+
+    def _read(self, tokens: Tokens | None) -> dict[str, Any]:
+        return {"tokens": tokens} if isinstance(self.mixer, TokenMixer) else {}
 
     def finish(self, h: Hidden, mixed: Hidden) -> tuple[Hidden, dict[str, Array]]:
         """The rest of the block, once its mixer's output `mixed` is known."""
@@ -181,7 +188,7 @@ class LM(nnx.Module):
         if rng is not None and self.config.dropout:
             kept = jax.random.bernoulli(rng, 1 - self.config.dropout, h.shape)
             h = jnp.where(kept, h / (1 - self.config.dropout), 0)
-        logits, captured = self.score(h, segment_ids, positions)
+        logits, captured = self.score(h, segment_ids, positions, tokens=tokens)
         return (logits, captured) if capture else logits
 
     def embed(self, tokens: Tokens) -> Hidden:
@@ -194,12 +201,17 @@ class LM(nnx.Module):
         embeddings: Hidden,
         segment_ids: SegmentIds | None = None,
         positions: Positions | None = None,
+        *,
+        tokens: Tokens | None = None,
     ) -> tuple[Logits, dict[str, Array]]:
-        """The model after its embedding: logits and intermediates, as named by `capture`."""
+        """The model after its embedding: logits and intermediates, as named by `capture`.
+
+        `tokens` are for mixers that read them (`lcattn.nn.TokenMixer`).
+        """
         h, captured = embeddings, {"embedding": embeddings}
         run = nnx.remat(Block.__call__) if self.config.remat else Block.__call__
         for i, block in enumerate(self.blocks):
-            h, added = run(block, h, segment_ids, positions)
+            h, added = run(block, h, segment_ids, positions, tokens)
             captured |= {f"block_{i}/{name}": value for name, value in added.items()}
             captured[f"block_{i}"] = h
         logits, captured["norm"] = self.unembed(h)
@@ -222,7 +234,7 @@ class LM(nnx.Module):
             raise argument_error("state", f"{len(self.blocks)} layers", len(state.layers))
         h, layers = self.embed(tokens), []
         for block, layer in zip(self.blocks, state.layers, strict=True):
-            h, layer = block.extend(h, layer)
+            h, layer = block.extend(h, layer, tokens)
             layers.append(layer)
         return self.unembed(h)[0], LMState(tuple(layers))
 

@@ -22,8 +22,9 @@ from lcattn.nn.memory_hybrids import (
     MemoryAsLayer,
     MemoryAsLayerConfig,
 )
-from lcattn.nn.mixer import Mixer, MixerConfig
+from lcattn.nn.mixer import Mixer, MixerConfig, TokenMixer
 from lcattn.nn.neural_memory import NeuralMemory, NeuralMemoryConfig
+from lcattn.nn.ngram_heads import NGramHeads, NGramHeadsConfig, NGramState
 from lcattn.nn.persistent_attention import PersistentAttention, PersistentAttentionConfig
 from lcattn.nn.prefix_linear_attention import (
     PrefixLinearAttention,
@@ -75,6 +76,9 @@ __all__ = [
     "MemoryAsLayerConfig",
     "Mixer",
     "MixerConfig",
+    "NGramHeads",
+    "NGramHeadsConfig",
+    "NGramState",
     "NeuralMemory",
     "NeuralMemoryConfig",
     "PersistentAttention",
@@ -99,5 +103,6 @@ __all__ = [
     "SoftplusAttention",
     "SoftplusAttentionConfig",
     "SwiGLU",
+    "TokenMixer",
     "auxiliary_loss",
 ]

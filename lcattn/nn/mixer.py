@@ -3,7 +3,7 @@
 import abc
 import dataclasses
 import math
-from typing import Any, ClassVar
+from typing import Any, ClassVar, override
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ from lcattn.errors import argument_error
 from lcattn.nn.layers import LayerConfig
 from lcattn.ops import segment_positions
 from lcattn.traits import Traits
-from lcattn.typing import Array, Float, Hidden, Positions, SegmentIds
+from lcattn.typing import Array, Float, Hidden, Positions, SegmentIds, Tokens
 
 State = Any
 """A registered pytree dataclass; its arrays are all that a stream remembers."""
@@ -90,6 +90,32 @@ class Mixer(nnx.Module):
         """Bytes of state of one stream of `length` tokens, counted from the state itself."""
         arrays = jax.eval_shape(lambda: jax.tree.leaves(self.init_state(1, length, dtype)))
         return sum(math.prod(array.shape) * array.dtype.itemsize for array in arrays)
+
+
+class TokenMixer(Mixer):
+    """A mixer that also reads which tokens its inputs stand for, `[B, T]`; a model passes them.
+
+    Both calls take them by name, and raise a `ValueError` where there are none.
+    """
+
+    @abc.abstractmethod
+    @override
+    def __call__(
+        self,
+        x: Hidden,
+        segment_ids: SegmentIds | None = None,
+        positions: Positions | None = None,
+        *,
+        tokens: Tokens | None = None,
+    ) -> Hidden:
+        """Mixes whole sequences, as in training."""
+
+    @abc.abstractmethod
+    @override
+    def extend(
+        self, x: Hidden, state: State, *, tokens: Tokens | None = None
+    ) -> tuple[Hidden, State]:
+        """Continues each stream by the `T` tokens of `x`."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -15,6 +15,17 @@ from lcattn.ops.agent_attention import (
     agent_attention_state,
     pooled_agents,
 )
+from lcattn.ops.block_sparse_attention import (
+    BlockPlan,
+    PlanColumns,
+    TransposedLists,
+    block_mask_plan,
+    block_sparse_attention,
+    causal_plan,
+    document_plan,
+    sliding_window_plan,
+    top_blocks_plan,
+)
 from lcattn.ops.core_context_attention import (
     CoreContextState,
     core_context_attention,
@@ -36,6 +47,7 @@ from lcattn.ops.neural_memory import (
     neural_memory,
     neural_memory_state,
 )
+from lcattn.ops.ngram_attention import ngram_attention
 from lcattn.ops.positions import alibi_slopes, rotary, segment_positions
 from lcattn.ops.routing_attention import (
     RoutingAttentionState,
@@ -49,17 +61,24 @@ from lcattn.ops.softplus_attention import softplus_attention
 
 __all__ = [
     "AgentAttentionState",
+    "BlockPlan",
     "CoreContextState",
     "FeatureMap",
     "LinearAttentionState",
     "NeuralMemoryState",
+    "PlanColumns",
     "RoutingAttentionState",
+    "TransposedLists",
     "UnsupportedImplementationError",
     "agent_attention",
     "agent_attention_state",
     "alibi_slopes",
+    "block_mask_plan",
+    "block_sparse_attention",
+    "causal_plan",
     "core_context_attention",
     "core_context_attention_state",
+    "document_plan",
     "gated_delta_rule",
     "gated_linear_attention",
     "hyper_attention",
@@ -67,6 +86,7 @@ __all__ = [
     "linear_attention_state",
     "neural_memory",
     "neural_memory_state",
+    "ngram_attention",
     "pooled_agents",
     "prefix_linear_attention",
     "rotary",
@@ -75,6 +95,8 @@ __all__ = [
     "segment_positions",
     "selective_attention",
     "short_convolution",
+    "sliding_window_plan",
     "softmax_attention",
     "softplus_attention",
+    "top_blocks_plan",
 ]

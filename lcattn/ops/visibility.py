@@ -25,27 +25,38 @@ HIDDEN = -1
 class Visibility(NamedTuple):
     """A query at position p sees the keys with `begin <= p < end`.
 
-    The leading axis b is B, or 1 where all rows are alike.
+    The leading axis b is B, or 1 where all rows are alike; a rule of each head has one axis more.
     """
 
     queries: Int[Array, "b T"]
     begin: Int[Array, "b S"]
     end: Int[Array, "b S"]
 
-    def mask(self) -> Bool[Array, "b T S"]:
+    def mask(self) -> Bool[Array, "*b T S"]:
         """True where query t sees key s."""
-        p = self.queries[:, :, None]
-        return (self.begin[:, None] <= p) & (p < self.end[:, None])
+        p = self.queries[..., :, None]
+        return (self.begin[..., None, :] <= p) & (p < self.end[..., None, :])
 
     def num_keys(self) -> Int[Array, "b T"]:
-        """Number of keys that each query sees, without T·S memory."""
+        """Number of keys that each query sees, without T·S memory.
+
+        Queries are at T consecutive positions or `HIDDEN`, so counting by position does it; sorting
+        edges takes a GPU many small kernels, and a compiler long.
+        """
+        T = self.queries.shape[1]
+        first = self.queries.max(axis=1, keepdims=True) - (T - 1)
+
+        def place(positions: Array) -> Array:
+            """0 for all positions before `first`, T + 1 for all after the last query."""
+            return jnp.clip(positions, first - 1, first + T) - (first - 1)
 
         def passed(edges: Array) -> Array:
-            search = jax.vmap(lambda e, p: jnp.searchsorted(e, p, side="right"))
-            return search(jnp.sort(edges, axis=1), self.queries)
+            count = jax.vmap(lambda places: jnp.zeros(T + 2, jnp.int32).at[places].add(1))
+            up_to = jnp.cumsum(count(place(edges)), axis=1)
+            return jnp.take_along_axis(up_to, place(self.queries), axis=1)
 
         # A key that is never seen begins and ends at one position, and cancels.
-        return (passed(self.begin) - passed(self.end)).astype(jnp.int32)
+        return passed(self.begin) - passed(self.end)
 
 
 def visibility(
@@ -54,6 +65,7 @@ def visibility(
     *,
     causal: bool,
     window: int | None = None,
+    sinks: int = 0,
     segment_ids: Int[Array, "B T"] | None = None,
     query_position: Int[Array, ""] | int = 0,
     key_position: Int[Array, ""] | int = 0,
@@ -68,8 +80,9 @@ def visibility(
         query 2  . x x .
         query 3  . . x x
 
-    Keys at negative positions do not exist: a cache that is not yet full ends with the newest key.
-    With `segment_ids` queries and keys are the same tokens, at positions 0 to T-1.
+    The first `sinks` keys of a document stay in sight when the window has passed them. Keys at
+    negative positions do not exist: a cache that is not yet full ends with the newest key. With
+    `segment_ids` queries and keys are the same tokens, at positions 0 to T-1.
     """
     keys = (key_position + jnp.arange(num_keys, dtype=jnp.int32))[None]
     if segment_ids is None:
@@ -77,11 +90,12 @@ def visibility(
         begin = keys if causal else jnp.full_like(keys, ALWAYS)
         end = jnp.full_like(keys, NEVER)
         exists = keys >= 0
+        first = jnp.zeros_like(keys)
     else:
         exists = segment_ids >= 0
         queries = jnp.where(exists, keys, HIDDEN)
         first, end = document_bounds(segment_ids)
         begin = jnp.broadcast_to(keys, first.shape) if causal else first
     if window is not None:
-        end = jnp.minimum(end, keys + window)
+        end = jnp.where(keys - first < sinks, end, jnp.minimum(end, keys + window))
     return Visibility(queries, begin, jnp.where(exists, end, begin))

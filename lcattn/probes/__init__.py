@@ -8,7 +8,9 @@
 - models without some heads: `keep_heads`, `with_patterns`;
 - retrieval heads: `retrieval_scores`, `best_heads`, `random_heads`;
 - problems for `lcattn.training.train_seeds`: `InductionProblem`; in-context classification is in
-  `lcattn.probes.classification`.
+  `lcattn.probes.classification`;
+- in-context learning as gradient descent: `lcattn.probes.regression`;
+- languages of random automata: `lcattn.probes.languages`.
 """
 
 from lcattn.probes.ablation import keep_heads, with_patterns

@@ -50,7 +50,7 @@ def with_patterns(
     h = model.embed(tokens)
     for layer, block in enumerate(model.blocks):
         if layer not in patterns:
-            h, _ = block(h, None, None)
+            h, _ = block(h, None, None, tokens)
             continue
         mixer = _mixer(model, layer, patterns[layer][0, :, 0, 0])
         x = block.norm(h)

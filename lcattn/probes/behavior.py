@@ -110,7 +110,7 @@ def gradient_shares(model: LM, tokens: Tokens) -> GradientShares:
     embeddings = model.embed(tokens)
 
     def answers(embeddings: Hidden) -> Float[Array, "B t"]:
-        return -token_losses(model.score(embeddings)[0][:, :-1], tokens[:, 1:])
+        return -token_losses(model.score(embeddings, tokens=tokens)[0][:, :-1], tokens[:, 1:])
 
     losses, pull_back = jax.vjp(answers, embeddings)
 

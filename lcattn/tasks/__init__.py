@@ -10,6 +10,7 @@
   `repeated_tokens`, `ItemLabelConfig`;
 - a baseline, a metric and a prompt: `NGramModel`, `accuracy`, `repeat_prompt`.
 
+In-context regression, drawn on the device from a key, is in `lcattn.tasks.regression`.
 Builders of tensorflow-datasets are in `lcattn.tasks.tfds_builders`, which is imported on demand.
 """
 

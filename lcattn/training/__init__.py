@@ -15,12 +15,13 @@ from lcattn.training.losses import LossSums, cross_entropy
 from lcattn.training.mesh import MeshConfig
 from lcattn.training.metrics import JsonlWriter, MetricWriter, TensorBoardWriter, read_jsonl
 from lcattn.training.optimizer import OptimizerConfig, SGDConfig
-from lcattn.training.problem import ModelProblem, Problem, TokenProblem
+from lcattn.training.problem import Intervening, ModelProblem, Problem, TokenProblem
 from lcattn.training.seeds import SeedsConfig, SeedsResult, train_seeds
 
 __all__ = [
     "CheckpointError",
     "ConfigMismatchError",
+    "Intervening",
     "JsonlWriter",
     "LossSums",
     "MeshConfig",

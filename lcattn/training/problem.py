@@ -11,7 +11,7 @@ from flax import nnx
 from lcattn.config import Config
 from lcattn.nn import auxiliary_loss
 from lcattn.training.losses import per_token
-from lcattn.training.state import ModelDef, Tree
+from lcattn.training.state import ModelDef, TrainState, Tree
 from lcattn.training.step import Batch, apply
 from lcattn.typing import Array, PRNGKeyArray
 
@@ -37,6 +37,15 @@ class Problem(Protocol):
 
     def evaluate(self, params: Tree, model_state: Tree) -> Mapping[str, Array]:
         """What to record of a model, always on the same data."""
+        ...
+
+
+@runtime_checkable
+class Intervening(Protocol):
+    """A problem that changes the state of training beside the gradient, such as by forgetting."""
+
+    def before_update(self, state: TrainState) -> TrainState:
+        """The state from which to make the update of number `state.step`, counted from 0."""
         ...
 
 

@@ -21,7 +21,7 @@ from lcattn.config import Config
 from lcattn.training.checkpoint import Checkpointer
 from lcattn.training.errors import NonFiniteLossError, TrainingInterrupted
 from lcattn.training.optimizer import OptimizerConfig, SGDConfig
-from lcattn.training.problem import Problem
+from lcattn.training.problem import Intervening, Problem
 from lcattn.training.progress import Progress
 from lcattn.training.run_dir import Interrupt, lock
 from lcattn.training.state import TrainState, Tree
@@ -178,6 +178,8 @@ def _advance(
     optimizer, _ = config.optimizer.make(config.num_steps)
 
     def update(state: TrainState, _: None):
+        if isinstance(problem, Intervening):
+            state = problem.before_update(state)
         key = jax.random.fold_in(state.rng, state.step)
         (loss, model_state), grads = jax.value_and_grad(problem.loss, has_aux=True)(
             state.params, state.model_state, key

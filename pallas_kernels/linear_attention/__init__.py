@@ -1,3 +1,6 @@
-"""Causal linear attention as GPU kernels."""
+"""Causal linear attention as GPU and TPU kernels."""
 
-EVIDENCE = ("interpreted", "lowered for CUDA", "run on an H200")
+EVIDENCE = {
+    "mosaic_gpu": ("interpreted", "lowered for CUDA", "run on an H200"),
+    "mosaic_tpu": ("simulated", "lowered for TPU", "compiled for v5e, v6e and v5p"),
+}

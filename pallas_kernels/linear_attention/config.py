@@ -47,3 +47,33 @@ def heuristic(*, B: int, T: int, N: int, F: int, H: int) -> LaunchConfig:
     wanted = max(1, min(_RESIDENT_CTAS // walkers, chunks))
     fitting = [n for n in range(wanted, wanted // 2, -1) if chunks % n == 0]
     return LaunchConfig(groups=(fitting or [wanted])[0], stages=3 if F <= 16 else 2)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TpuLaunchConfig:
+    """How a call of the TPU kernels is cut up.
+
+    Attributes:
+      chunk: tokens a step: a multiple of 128. Work inside a chunk grows with it, steps and updates
+        of the state become fewer.
+
+    Raises:
+      ValueError: for numbers that do not fit.
+    """
+
+    chunk: int = 256
+
+    def __post_init__(self) -> None:
+        if self.chunk not in (128, 256, 512):
+            raise ValueError(
+                f"TpuLaunchConfig.chunk: expected one of (128, 256, 512), got {self.chunk!r}"
+            )
+
+
+def tpu_heuristic(*, T: int, feature_map: str, F: int) -> TpuLaunchConfig:
+    """The launch parameters for a shape: 256 tokens, where so many features of them fit in VMEM.
+
+    That many fill the matrix unit of every TPU, 256 x 256 at most. Nothing was timed on a TPU.
+    """
+    wide = feature_map == "taylor" and F > 16
+    return TpuLaunchConfig(chunk=128 if T <= 128 or wide else 256)

@@ -1,3 +1,6 @@
-"""Causal length-scaled softplus attention (LSSA, LSSAR) as GPU kernels."""
+"""Causal length-scaled softplus attention (LSSA, LSSAR) as GPU and TPU kernels."""
 
-EVIDENCE = ("interpreted", "lowered for CUDA", "run on an H200")
+EVIDENCE = {
+    "mosaic_gpu": ("interpreted", "lowered for CUDA", "run on an H200"),
+    "mosaic_tpu": ("simulated", "lowered for TPU", "compiled for v5e, v6e and v5p"),
+}

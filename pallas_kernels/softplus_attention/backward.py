@@ -23,7 +23,8 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.softplus_attention.plan import Packing, Plan
+from pallas_kernels.softplus_attention.packing import Packing
+from pallas_kernels.softplus_attention.plan import Plan
 from pallas_kernels.softplus_attention.rows import Row
 from pallas_kernels.softplus_attention.weights import (
     fold,
@@ -31,6 +32,7 @@ from pallas_kernels.softplus_attention.weights import (
     raised,
     sigmoid,
     softplus,
+    weight_gradients,
 )
 from pallas_kernels.tiles import ALONG_COLUMNS, over_columns, over_rows, zeros
 
@@ -83,7 +85,7 @@ def query_gradients(
                     d = (d * slope).astype(key.dtype)
                     return (plan.products.accumulate(state[0], d, key),)
                 own, common, sums = state
-                d = weight_gradients(plan, d, jnp.maximum(gain * a - threshold, 0.0))
+                d = weight_gradients(d, jnp.maximum(gain * a - threshold, 0.0), plan)
                 sums += fold(d, jnp.add)
                 own, common = plan.products.accumulate_both(
                     (own, (d * slope).astype(key.dtype), key),
@@ -151,7 +153,7 @@ def key_gradients(
                 r = a = softplus(t)
                 if plan.thresholded:
                     r = jnp.maximum(row(Row.GAIN) * a - row(Row.THRESHOLD), 0.0)
-                d = weight_gradients(plan, pull - row(Row.MEAN), r)
+                d = weight_gradients(pull - row(Row.MEAN), r, plan)
                 if plan.thresholded:
                     d -= row(Row.SHARED)
                 d *= row(Row.SLOPE) * sigmoid(t, a)
@@ -173,12 +175,3 @@ def key_gradients(
         softplus_attention_key_gradients, k, v, q, g, rows, packing, heads=K, residents=2,
         out_type=(jax.ShapeDtypeStruct(k.shape, k.dtype), jax.ShapeDtypeStruct(v.shape, v.dtype)),
     )  # fmt: skip
-
-
-def weight_gradients(plan: Plan, d: jax.Array, r: jax.Array) -> jax.Array:
-    """`d r^(p-1)`, the gradient of r but for a factor of the row; 0 of what was dropped."""
-    if not plan.thresholded:
-        return d
-    if plan.power == 1:
-        return jnp.where(r > 0, d, 0.0)
-    return d * raised(r, plan.power - 1)

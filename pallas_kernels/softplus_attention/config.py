@@ -41,3 +41,30 @@ class LaunchConfig:
             value = getattr(self, name)
             if value not in values:
                 raise ValueError(f"LaunchConfig.{name}: expected one of {values}, got {value!r}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TpuLaunchConfig:
+    """How a call of the TPU kernels is cut up.
+
+    Attributes:
+      block: queries, and keys, of a tile of scores. Tiles of 512 x 512 take a megabyte each of the
+        16 of VMEM, and a kernel holds several; small ones leave a core waiting between steps.
+
+    Raises:
+      ValueError: for numbers that do not fit.
+    """
+
+    block: int = 512
+
+    def __post_init__(self) -> None:
+        if self.block not in (128, 256, 512):
+            raise ValueError(
+                f"TpuLaunchConfig.block: expected one of (128, 256, 512), got {self.block!r}"
+            )
+
+
+def tpu_heuristic(*, T: int) -> TpuLaunchConfig:
+    """The launch parameters for a shape: no wider a block than the tokens fill."""
+    fitting = [block for block in (128, 256) if block >= T]
+    return TpuLaunchConfig(block=(fitting or [512])[0])

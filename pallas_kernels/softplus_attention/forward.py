@@ -18,7 +18,8 @@ other one back meanwhile (a real ping-pong) took 9.7 ms.
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.softplus_attention.plan import Packing, Plan
+from pallas_kernels.softplus_attention.packing import Packing
+from pallas_kernels.softplus_attention.plan import Plan
 from pallas_kernels.softplus_attention.rows import Row, Sums
 from pallas_kernels.softplus_attention.weights import (
     HIDDEN,

@@ -18,7 +18,8 @@ import jax.numpy as jnp
 from pallas_kernels.softplus_attention.backward import key_gradients, query_gradients
 from pallas_kernels.softplus_attention.config import LaunchConfig
 from pallas_kernels.softplus_attention.forward import mix, row_sums
-from pallas_kernels.softplus_attention.plan import Packing, Plan
+from pallas_kernels.softplus_attention.packing import Packing, pack
+from pallas_kernels.softplus_attention.plan import Plan
 from pallas_kernels.softplus_attention.rows import (
     Row,
     Scales,
@@ -80,7 +81,7 @@ def softplus_attention(
             jnp.pad(x, ((0, 0), (0, missing)), constant_values=fill)
             for x, fill in zip(packing, (-1, 0), strict=True)
         )
-        packed = plan.pack(positions, ends)
+        packed = pack(positions, ends, plan.block)
     return _attend(plan, q, k, v, scales, packed)[:, :T]
 
 

@@ -22,25 +22,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.products import Products
 from pallas_kernels.softplus_attention.config import LaunchConfig
+from pallas_kernels.softplus_attention.packing import Packing
 from pallas_kernels.softplus_attention.rows import Row
 from pallas_kernels.softplus_attention.weights import HIDDEN
 from pallas_kernels.tiles import ALONG_COLUMNS, ALONG_ROWS, TILE, iota, over_columns, over_rows
-
-
-class Packing(NamedTuple):
-    """Packed documents: a query at position p sees key j where `j <= p < end_j`.
-
-    Attributes:
-      positions: p of each query, `[B,T]`: its index, or -1 if it sees nothing.
-      ends: of each key, `[B,T]`.
-      first_keys: the first key that a block of queries may see, `[B,blocks]`.
-      past_queries: past the last query that may see a block of keys, `[B,blocks]`.
-    """
-
-    positions: jax.Array
-    ends: jax.Array
-    first_keys: jax.Array
-    past_queries: jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,15 +103,6 @@ class Plan:
             compiler_params=plgpu.CompilerParams(approx_math=True),
             interpret=plgpu.InterpretGPUParams() if self.interpret else None,
         )(*arrays)  # fmt: skip
-
-    def pack(self, positions: jax.Array, ends: jax.Array) -> Packing:
-        """Packed documents, from positions and ends in int32."""
-        blocks = ends.reshape(ends.shape[0], -1, self.block).max(axis=2)
-        starts = jnp.arange(blocks.shape[1], dtype=jnp.int32) * self.block
-        # Ends never decrease but for keys that nothing sees.
-        search = jax.vmap(lambda e: jnp.searchsorted(e, starts, side="right"))
-        first = jnp.minimum(search(lax.cummax(ends, axis=1)).astype(jnp.int32), starts)
-        return Packing(positions, ends, first, jnp.maximum(blocks, starts + 1))
 
     def key_tiles(self, here: "Here", packing: Packing | None, width: int) -> tuple[Any, Any]:
         """First and number of the key tiles that a block of queries walks."""

@@ -73,8 +73,8 @@ def gradient_numbers(
 
 
 def reciprocal(total: jax.Array) -> jax.Array:
-    """`1 / total`, finite for queries that see nothing."""
-    return 1 / jnp.maximum(total, _TINY)
+    """`1 / total`, 0 for queries that see nothing."""
+    return jnp.where(total > 0, 1 / jnp.maximum(total, _TINY), 0)
 
 
 def _threshold(

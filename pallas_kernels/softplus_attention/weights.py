@@ -5,11 +5,27 @@ written with two, and its sum over a row with one and a sixteenth.
 """
 
 from collections.abc import Callable
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels.tiles import zeros
+
+
+class Options(Protocol):
+    """What a plan says of weights."""
+
+    @property
+    def power(self) -> int:
+        """p."""
+        ...
+
+    @property
+    def thresholded(self) -> bool:
+        """Whether weights are compared with their mean (LSSAR) or taken as they are."""
+        ...
+
 
 HIDDEN = -1e6
 """The score of a key that is not seen: its weight and its slope are exactly 0."""
@@ -59,6 +75,15 @@ def raised(r: jax.Array, power: int) -> jax.Array:
         root = raised(r, power // 2)
         return root * root
     return r * raised(r, power - 1)
+
+
+def weight_gradients(d: jax.Array, r: jax.Array, options: Options) -> jax.Array:
+    """`d r^(p-1)`, the gradient of r but for a factor of the row; 0 of what was dropped."""
+    if not options.thresholded:
+        return d
+    if options.power == 1:
+        return jnp.where(r > 0, d, 0.0)
+    return d * raised(r, options.power - 1)
 
 
 def fold(x: jax.Array, combine: Callable[[jax.Array, jax.Array], jax.Array]) -> jax.Array:

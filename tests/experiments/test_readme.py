@@ -5,7 +5,7 @@ import pytest
 from experiments import readme
 
 
-@pytest.mark.parametrize("name", ["mechanisms", "demo", "kernels", "benchmarks"])
+@pytest.mark.parametrize("name", sorted(set(readme.PARTS) - {"example"}))
 def test_generated_part_is_in_step(name):
     text = readme.README.read_text()
     begin, end = f"<!-- begin: {name} -->\n", f"\n<!-- end: {name} -->"
@@ -17,6 +17,11 @@ def test_example_runs_as_printed():
     code, _, printed = readme.example().partition("```\n```\n")
     assert code.removeprefix("```python") in readme.README.read_text()
     assert printed.startswith("(1, 4096, 8, 16) (1, 4096, 8, 16) state: (1, 8, 153, 16)")
+
+
+def test_reports_of_records_are_in_step():
+    stale = [path for path, text in readme.reports().items() if path.read_text() != text]
+    assert not stale, "run: make docs"
 
 
 def test_a_missing_marker_is_named():

@@ -94,6 +94,21 @@ def test_an_interrupted_run_continues_bit_for_bit(tmp_path, monkeypatch, checkpo
         train_seeds(Line(slope=3.0), config, tmp_path)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Restarted(Line):
+    """A line that is set back before its tenth update."""
+
+    def before_update(self, state):
+        w = jnp.where(state.step == 9, -100.0, state.params["w"])
+        return dataclasses.replace(state, params={"w": w})
+
+
+def test_a_problem_may_intervene_before_an_update():
+    distance = train_seeds(Restarted(), CONFIG).metrics["distance"]
+    np.testing.assert_array_equal(distance[:3], unbroken().metrics["distance"][:3])
+    assert (distance[3] > 20).all()  # three updates from -100
+
+
 def test_a_loss_that_is_not_finite_names_step_and_seed():
     with pytest.raises(NonFiniteLossError, match=r"step 7 of seed \d+: loss nan") as caught:
         train_seeds(Line(spoil_at=7), CONFIG)

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from lcattn.errors import argument_error
 from lcattn.ops import checks, dispatch
-from lcattn.ops.linear_attention import chunked, features, kernel, recurrent
+from lcattn.ops.linear_attention import chunked, features, kernel, recurrent, tpu_kernel
 from lcattn.ops.linear_attention.features import FeatureMap
 from lcattn.ops.linear_attention.state import (
     LinearAttentionState,
@@ -32,6 +32,9 @@ dispatch.declare(
     "linear_attention",
     {
         "mosaic_gpu": dispatch.Implementation(kernel.attend, kernel.objection, kernel.pays),
+        "mosaic_tpu": dispatch.Implementation(
+            tpu_kernel.attend, tpu_kernel.objection, tpu_kernel.pays
+        ),
         "xla": dispatch.Implementation(_by_sums(chunked.attend)),
         "reference": dispatch.Implementation(_by_sums(recurrent.attend)),
     },
@@ -88,8 +91,10 @@ def linear_attention(
       initial_state: the state to start from; it belongs to the first document of each row.
       return_state: also return the state after the last token (of the last document).
       chunk_size: tokens a chunk; default: by length. Changes speed and memory, never the result.
-      implementation: "mosaic_gpu" (a kernel for Hopper GPUs; its gradient cannot be differentiated
-        again), "xla" (chunks), "reference" (token by token), or None for the best that serves.
+      implementation: "mosaic_gpu" and "mosaic_tpu" (kernels for Hopper GPUs and for TPUs; their
+        gradient cannot be differentiated again, and over several devices they belong inside
+        `jax.shard_map(..., check_vma=False)`), "xla" (chunks), "reference" (token by token), or
+        None for the best that serves.
 
     Returns:
       `[B,T,N,H]`, or that and the final `LinearAttentionState`.

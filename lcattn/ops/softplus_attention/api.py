@@ -6,7 +6,7 @@ import jax.numpy as jnp
 
 from lcattn.errors import argument_error
 from lcattn.ops import checks, dispatch
-from lcattn.ops.softplus_attention import chunked, dense, kernel
+from lcattn.ops.softplus_attention import chunked, dense, kernel, tpu_kernel
 from lcattn.ops.softplus_attention.rows import Reweighting, Rows
 from lcattn.ops.visibility import visibility
 from lcattn.typing import Array, Float, Int, SegmentIds
@@ -15,6 +15,9 @@ dispatch.declare(
     "softplus_attention",
     {
         "mosaic_gpu": dispatch.Implementation(kernel.attend, kernel.objection, kernel.pays),
+        "mosaic_tpu": dispatch.Implementation(
+            tpu_kernel.attend, tpu_kernel.objection, tpu_kernel.pays
+        ),
         "xla": dispatch.Implementation(chunked.attend),
         "reference": dispatch.Implementation(dense.reference),
     },
@@ -82,8 +85,9 @@ def softplus_attention(
       query_position: position of the first query, that of the first key being 0. Default: the
         queries are the last T tokens. May be traced, to fill a cache of fixed size.
       implementation: "mosaic_gpu" (Hopper GPUs; causal, bfloat16, F = H = 64 or 128, whole powers),
-        "xla" (blocks), "reference" (the definition, T·S memory), or None: the kernels where they
-        serve and win.
+        "mosaic_tpu" (TPUs; causal, bfloat16 or float32, whole powers), "xla" (blocks), "reference"
+        (the definition, T·S memory), or None: the kernels where they serve and win. Over several
+        devices the kernels belong inside `jax.shard_map(..., check_vma=False)`.
 
     Returns:
       `[B,T,N,H]`.

@@ -1,6 +1,7 @@
 """The kernels for Hopper GPUs, behind the op's contract."""
 
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -30,11 +31,28 @@ def attend(
 ) -> Array:
     """Attention, of a call that `objection` lets pass."""
     from pallas_kernels.softplus_attention import mosaic_gpu
+
+    run = mosaic_gpu.softplus_attention
+    return attend_by(run, q, k, v, rows, visibility, reweighting, is_packed=is_packed)
+
+
+def attend_by(
+    run: Callable[..., Array],
+    q: Array,
+    k: Array,
+    v: Array,
+    rows: Rows,
+    visibility: Visibility,
+    reweighting: Reweighting | None,
+    *,
+    is_packed: bool,
+) -> Array:
+    """Attention by kernels `run`, which take scaled queries and scores in powers of two."""
     from pallas_kernels.softplus_attention.rows import Scales
 
     # Rounded once, with the factor of the scores: as exact as a factor after the products.
     scaled = unit(q) * (rows.length_scale / math.log(2))[..., None, None]
-    return mosaic_gpu.softplus_attention(
+    return run(
         scaled.astype(q.dtype), unit(k).astype(k.dtype), v, Scales(rows.length, rows.offset),
         (visibility.queries, visibility.end) if is_packed else None,
         power=None if reweighting is None else int(reweighting.power), flat_below=FLAT,

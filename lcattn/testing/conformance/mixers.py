@@ -10,7 +10,7 @@ import numpy as np
 from flax import nnx
 from jax import lax
 
-from lcattn.nn.mixer import Mixer
+from lcattn.nn.mixer import Mixer, TokenMixer
 from lcattn.testing.conformance.cases import MixerCase
 from lcattn.testing.conformance.compare import (
     assert_close,
@@ -105,7 +105,7 @@ def check_scan(case: MixerCase) -> None:
     @jax.jit
     def run(parameters, x, state):
         def step(state, token):
-            y, state = built.merge(parameters).extend(token[:, None], state)
+            y, state = built.jitted_extend(parameters, token[:, None], state)
             return state, y[:, 0]
 
         return lax.scan(step, state, x.swapaxes(0, 1))[1].swapaxes(0, 1)
@@ -124,7 +124,7 @@ def check_state(case: MixerCase) -> None:
         raise AssertionError(f"state_bytes says {counted}, the state of one stream holds {held}")
     kinds = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), state)
     for length in (1, case.chunk + 1):
-        _, after = jax.eval_shape(built.mixer.extend, x[:, :length], state)
+        _, after = jax.eval_shape(built.jitted_extend, built.parameters, x[:, :length], state)
         found = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), after)
         if found != kinds:
             raise AssertionError(f"after {length} tokens the state is {found}, it was {kinds}")
@@ -134,7 +134,7 @@ def check_foreign_state(case: MixerCase) -> None:
     """A state of another batch raises an error that names it."""
     built, x = _build(case), case.make_input(1)
     state = built.mixer.init_state(3, 4)
-    assert_raises("extend", "state: expected B=2", lambda: built.mixer.extend(x, state))
+    assert_raises("extend", "state: expected B=2", lambda: built.extend(x, state))
 
 
 def check_end(case: MixerCase) -> None:
@@ -143,7 +143,9 @@ def check_end(case: MixerCase) -> None:
     if built.mixer.state_bytes(4) == built.mixer.state_bytes(8):
         return
     _, full = built.extend(x, built.init_state(x))
-    assert_raises("extend", "state: expected room", lambda: built.mixer.extend(x[:, :1], full))
+    more = x[:, :1]
+    refused = functools.partial(built.mixer.extend, more, full, **_tokens(built.mixer, more))
+    assert_raises("extend", "state: expected room", refused)
     beyond, _ = built.extend(x[:, :1], full)
     if not np.all(np.isnan(beyond)):
         raise AssertionError("under jit, outputs past the end are not NaN")
@@ -187,7 +189,9 @@ def check_linen(case: MixerCase) -> None:
     """`nnx.bridge.to_linen` makes a Linen module of it that computes the same."""
     built, x = _build(case), case.make_input(_length(case))
     module = nnx.bridge.to_linen(type(built.mixer), case.config)
-    out = jax.jit(module.apply)({"params": nnx.to_pure_dict(built.parameters)}, x)
+    out = jax.jit(module.apply)(
+        {"params": nnx.to_pure_dict(built.parameters)}, x, **_tokens(built.mixer, x)
+    )
     assert_close("output", out, built.call(x), case.tolerance)
 
 
@@ -233,19 +237,26 @@ def _build(case: MixerCase, dtype: str | None = None) -> _Built:
 
     @jax.jit
     def call(parameters, x, segment_ids=None, positions=None):
-        return merge(parameters)(x, segment_ids, positions)
+        mixer = merge(parameters)
+        return mixer(x, segment_ids, positions, **_tokens(mixer, x))
 
     @jax.jit
     def gradient(parameters, x, cotangent):
-        out, pull_back = jax.vjp(lambda parameters, x: merge(parameters)(x), parameters, x)
+        out, pull_back = jax.vjp(call, parameters, x)
         d_parameters, d_x = pull_back(cotangent.astype(out.dtype))
         return out, d_x, d_parameters
 
     @jax.jit
     def extend(parameters, x, state):
-        return merge(parameters).extend(x, state)
+        mixer = merge(parameters)
+        return mixer.extend(x, state, **_tokens(mixer, x))
 
     return _Built(merge(parameters), parameters, merge, call, gradient, extend)
+
+
+def _tokens(mixer: Mixer, x: jax.Array) -> dict[str, jax.Array]:
+    """For a mixer that reads tokens, two kinds of them that change with the input."""
+    return {"tokens": (x[..., 0] > 0).astype(jnp.int32)} if isinstance(mixer, TokenMixer) else {}
 
 
 def _length(case: MixerCase) -> int:

@@ -55,7 +55,8 @@ def _numerics(case: OpCase) -> Iterator[tuple]:
 def _sizes(case: OpCase) -> Iterator[tuple]:
     for length, size in ((63, 32), (127, 64), (1000, 128)):
         sizes = case.sizes_at(length, B=1, N=2, K=1, H=size, D=size)
-        yield "sizes", values.check_sizes, sizes
+        # The gradients of short ragged lengths are compared above, to the last digits.
+        yield "sizes", values.check_sizes, sizes, {"gradients": length == 1000}
     ragged = case.sizes_at(2 * case.chunk + 1)
     yield "float16", values.check_low_precision, ragged, {"dtype": "float16"}
     if "K" in ragged:
@@ -69,5 +70,5 @@ def _transforms(case: OpCase) -> Iterator[tuple]:
     yield "eager", transforms.check_eager, ragged
     yield "compiled-once", transforms.check_compiled_once, ragged
     yield "vmap-checkpoint-scan", transforms.check_mapped, ragged
-    yield "shard_map", transforms.check_sharded, case.sizes_at(2 * case.chunk + 1, B=4)
+    yield "shard_map", transforms.check_sharded, ragged
     yield "x64", transforms.check_x64, ragged

@@ -3,6 +3,7 @@
 Nothing here is clever: what an op means must be readable at a glance, and share no code with it.
 """
 
+import functools
 from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
@@ -16,6 +17,7 @@ def softmax_attention(
     *,
     causal: bool = True,
     window: int | None = None,
+    sinks: int = 0,
     return_lse: bool = False,
 ) -> np.ndarray:
     """Softmax-weighted means of the visible values; with `return_lse`, its log-sum-exp appended."""
@@ -24,7 +26,7 @@ def softmax_attention(
     out = np.zeros((*q.shape[:3], v.shape[-1] + return_lse))
     for b, t, n, head, seen in _queries(q, k, segment_ids, causal):
         if window is not None:
-            seen = seen[seen > t - window]
+            seen = seen[(seen > t - window) | (seen < seen[0] + sinks)]
         x = k[b, seen, head] @ q[b, t, n] / np.sqrt(q.shape[-1]) - slopes[n] * np.abs(t - seen)
         weights = np.exp(x - x.max())
         out[b, t, n, : v.shape[-1]] = weights @ v[b, seen, head] / weights.sum()
@@ -65,18 +67,21 @@ def core_context_attention(
     q, k, v = inputs["q"], inputs["k"], inputs["v"]
     out = np.zeros((*q.shape[:3], v.shape[-1]))
     shared = q.shape[2] // k.shape[2]
+
+    @functools.cache  # Every later query sees the same group.
+    def pooled(b: int, n: int, head: int, group: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+        heads = range(head * shared, (head + 1) * shared) if share_cores else [n]
+        scorer = np.mean([q[b, group[-1], h] for h in heads], axis=0)
+        weights = _softmax(k[b, group, head] @ scorer / np.sqrt(q.shape[-1]))
+        return weights @ k[b, group, head], weights @ v[b, group, head]
+
     for b, t, n, head, seen in _queries(q, k, segment_ids, causal):
         far = max(0, (seen.size - window) // group_size)
-        keys, values = [], []
-        for group in seen[: far * group_size].reshape(far, group_size):
-            scorer = q[b, group[-1], n]
-            if share_cores:
-                scorer = q[b, group[-1], head * shared : (head + 1) * shared].mean(axis=0)
-            weights = _softmax(k[b, group, head] @ scorer / np.sqrt(q.shape[-1]))
-            keys.append(weights @ k[b, group, head])
-            values.append(weights @ v[b, group, head])
+        groups = seen[: far * group_size].reshape(far, group_size).tolist()
+        cores = [pooled(b, n, head, tuple(group)) for group in groups]
         near = seen[far * group_size :]
-        keys, values = np.array([*keys, *k[b, near, head]]), np.array([*values, *v[b, near, head]])
+        keys = np.array([*(core for core, _ in cores), *k[b, near, head]])
+        values = np.array([*(core for _, core in cores), *v[b, near, head]])
         out[b, t, n] = _softmax(keys @ q[b, t, n] / np.sqrt(q.shape[-1])) @ values
     return out
 
@@ -268,6 +273,42 @@ def short_convolution(
             if t - s < weight.shape[1]:
                 y[b, t] += weight[:, weight.shape[1] - 1 - (t - s)] * x[b, s]
     return y
+
+
+def ngram_attention(
+    inputs: Inputs,
+    segment_ids: np.ndarray | None,
+    *,
+    causal: bool = True,
+    orders: tuple[int, ...] = (1, 2),
+    include_self: bool = True,
+) -> np.ndarray:
+    """The mean over the tokens that come after the n tokens which the query ends; 0 for none.
+
+    An n-gram lies within one document, without padding between its tokens.
+    """
+    assert causal
+    x, tokens = inputs["x"], inputs["tokens"].astype(int)
+    ids = np.zeros(tokens.shape, int) if segment_ids is None else segment_ids
+    out = np.zeros((*tokens.shape, len(orders), x.shape[-1]))
+
+    def ngram(b: int, end: int, n: int, document: np.integer) -> list[int] | None:
+        inside = end >= n and all(ids[b, end - n : end] == document) and document >= 0
+        return tokens[b, end - n : end].tolist() if inside else None
+
+    for b in range(len(tokens)):
+        for o, n in enumerate(orders):
+            before = [ngram(b, j, n, ids[b, j]) for j in range(tokens.shape[1])]
+            for t in range(tokens.shape[1]):
+                last = ngram(b, t + 1, n, ids[b, t])
+                found = [
+                    j
+                    for j in range(t + include_self)
+                    if last is not None and before[j] == last and ids[b, j] == ids[b, t]
+                ]
+                if found:
+                    out[b, t, o] = x[b, found].mean(axis=0)
+    return out
 
 
 def softplus_attention(

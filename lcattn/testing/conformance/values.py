@@ -17,7 +17,11 @@ from lcattn.testing.conformance.execution import (
 def check_values(case: OpCase, implementation: str | None, sizes: Sizes) -> None:
     """Outputs equal the oracle's."""
     inputs = case.make_inputs(sizes)
-    out = evaluate(case, implementation, inputs)
+    if implementation == case.implementations[0]:
+        # `check_packing` needs its gradients at the same lengths, so that program is there anyway.
+        out = execute(case, implementation, inputs).out
+    else:
+        out = evaluate(case, implementation, inputs)
     expected = case.oracle(inputs, None, causal=True)
     assert_close("output", out, expected, case.value_tolerance[case.widest_dtype])
 
@@ -78,13 +82,17 @@ def check_grouped_queries(case: OpCase, implementation: str | None, sizes: Sizes
         assert_close(f"gradient of {name}", found, gradient, case.gradient_tolerance[dtype])
 
 
-def check_sizes(case: OpCase, implementation: str | None, sizes: Sizes) -> None:
-    """Ragged lengths and head sizes in float32 equal the oracle, with finite gradients."""
+def check_sizes(case: OpCase, implementation: str | None, sizes: Sizes, *, gradients: bool) -> None:
+    """Ragged lengths and head sizes in float32 equal the oracle; gradients, if any, are finite."""
     inputs = case.make_inputs(sizes)
-    result = execute(case, implementation, inputs, dtype="float32")
-    tolerance = case.value_tolerance["float32"]
-    assert_close("output", result.out, case.oracle(inputs, None, causal=True), tolerance)
-    assert_finite("gradient of ", result.gradients)
+    if gradients:
+        result = execute(case, implementation, inputs, dtype="float32")
+        out = result.out
+        assert_finite("gradient of ", result.gradients)
+    else:
+        out = evaluate(case, implementation, inputs, dtype="float32")
+    expected = case.oracle(inputs, None, causal=True)
+    assert_close("output", out, expected, case.value_tolerance["float32"])
 
 
 def check_low_precision(

@@ -138,6 +138,7 @@ MIXERS: tuple[MixerCase, ...] = (
             width=16, num_heads=4, num_kv_heads=2, feature_dim=4, chunk_size=8, prefix_length=5
         ),
     ),
+    MixerCase(name="NGramHeads", config=nn.NGramHeadsConfig(width=16, orders=(1, 3))),
     _variant(_convolution_mixer(1)),
     _convolution_mixer(3),
     _agent_mixer("causal"),

@@ -31,11 +31,14 @@ def _softmax_case(name: str, *, alibi: bool = False, **fields) -> OpCase:
     )
 
 
-def _with_log_sum_exp(q, k, v, **options):
-    """The output with its log-sum-exp as one more channel (0 where nothing is seen)."""
-    out, lse = ops.softmax_attention(q, k, v, return_lse=True, **options)
+def _joined(out, lse):
+    """An output with its log-sum-exp as one more channel (0 where nothing is seen)."""
     lse = jnp.where(jnp.isneginf(lse), 0, lse)
     return jnp.concatenate([out, lse[..., None].astype(out.dtype)], axis=-1)
+
+
+def _with_log_sum_exp(q, k, v, **options):
+    return _joined(*ops.softmax_attention(q, k, v, return_lse=True, **options))
 
 
 def _blocks_case(name: str, **fields) -> OpCase:
@@ -43,6 +46,36 @@ def _blocks_case(name: str, **fields) -> OpCase:
     case = _softmax_case(name, chunk=256, **fields)
     oracle = functools.partial(case.oracle, return_lse=True)
     return dataclasses.replace(case, op=_with_log_sum_exp, oracle=oracle, sizes=_FEW)
+
+
+def _planned(plan, q, k, v, **options):
+    return _joined(*ops.block_sparse_attention(q, k, v, plan, return_lse=True, **options))
+
+
+def _window_in_blocks(q, k, v, *, window, sinks, segment_ids=None, **options):
+    plan = ops.sliding_window_plan(
+        q.shape[1], window, sinks=sinks, segment_ids=segment_ids, query_block=4, key_block=4
+    )
+    return _planned(plan, q, k, v, **options)
+
+
+def _documents_in_blocks(q, k, v, *, causal=True, segment_ids=None, **options):
+    if segment_ids is None:
+        segment_ids = jnp.zeros(q.shape[:2], jnp.int32)
+    plan = ops.document_plan(segment_ids, causal=causal, query_block=8, key_block=4)
+    return _planned(plan, q, k, v, **options)
+
+
+def _block_sparse_case(name: str, op, **fields) -> OpCase:
+    options = fields.pop("options", {})
+    return OpCase(
+        name=f"block_sparse_attention[{name}]",
+        op=op,
+        oracle=functools.partial(oracles.softmax_attention, return_lse=True, **options),
+        inputs=_QKV,
+        options=options,
+        **fields,
+    )
 
 
 def _linear_case(
@@ -179,6 +212,24 @@ def _convolution_case(taps: int, *, is_variant: bool = False) -> OpCase:
     )
 
 
+def _ngram_attention(x, tokens, **options):
+    """With tokens among the inputs, so that they are changed and cut like `x`."""
+    return ops.ngram_attention(x, tokens.astype(jnp.int32), **options)
+
+
+def _ngram_case(**options) -> OpCase:
+    return OpCase(
+        name=f"ngram_attention{options or ''}",
+        op=_ngram_attention,
+        oracle=functools.partial(oracles.ngram_attention, **options),
+        inputs={"x": "B T D", "tokens": "B T"},
+        output="B T O D",
+        options=options,
+        draw={"tokens": lambda rng, shape: rng.integers(0, 3, shape) + 0.5},
+        is_variant=bool(options),
+    )
+
+
 def _agent_case(name: str, inputs=None, **fields) -> OpCase:
     return OpCase(
         name="agent_attention" + name,
@@ -279,6 +330,15 @@ OPS: tuple[OpCase, ...] = (
     _softmax_case("alibi", alibi=True, is_variant=True),
     _blocks_case("lse"),
     _blocks_case("lse,window=100,alibi", alibi=True, options={"window": 100}, is_variant=True),
+    # Held against "reference", gradients included, plan by plan in tests/ops.
+    _block_sparse_case(
+        "window=5,sinks=2", _window_in_blocks,
+        options={"window": 5, "sinks": 2}, implementations=("xla",),
+    ),
+    _block_sparse_case(
+        "documents", _documents_in_blocks,
+        bidirectional=True, implementations=("xla",), is_variant=True,
+    ),
     _linear_case("taylor", oracles.taylor, is_variant=True),
     _linear_case("taylor,chunk=8", oracles.taylor, chunk_size=8, bidirectional=True),
     _linear_case(
@@ -320,6 +380,8 @@ OPS: tuple[OpCase, ...] = (
         options=_HYPER,
         bidirectional=True,
     ),
+    _ngram_case(),
+    _ngram_case(orders=(3, 1), include_self=False),
     OpCase(
         name="selective_attention",
         op=ops.selective_attention,

@@ -1,0 +1,56 @@
+"""The kernels for TPUs, behind the op's contract."""
+
+import jax
+import jax.numpy as jnp
+
+from lcattn.ops import dispatch
+from lcattn.ops.block_sparse_attention.plan import BlockPlan
+from lcattn.ops.block_sparse_attention.tiles import spread
+from lcattn.ops.checks import Sizes
+from lcattn.typing import Array
+
+
+def attend(q: Array, k: Array, v: Array, plan: BlockPlan, *, scale: float) -> tuple[Array, Array]:
+    """Attention over the listed blocks, of a call that `objection` lets pass."""
+    from pallas_kernels.block_sparse_attention import mosaic_tpu
+    from pallas_kernels.block_sparse_attention.items import Lists
+
+    kinds = plan.kinds()
+    shape = kinds.shape[:2]
+    lists = Lists(
+        spread(plan.blocks, *shape),
+        kinds,
+        None if plan.log_weight is None else spread(plan.log_weight, *shape),
+        *(spread(x, *shape) for x in plan.transposed()),
+    )
+    return mosaic_tpu.block_sparse_attention(
+        q, k, v, lists, tuple(plan.seen),
+        query_block=plan.query_block, key_block=plan.key_block, scale=scale,
+    )  # fmt: skip
+
+
+def objection(*, sizes: Sizes, dtype: jnp.dtype, plan: BlockPlan) -> str | None:
+    """Why the kernels cannot serve a call, in words."""
+    if dispatch.default_platform() != "tpu":
+        return "needs a TPU"
+    # Imported where it can run: it takes longer to import than the rest of the ops.
+    from pallas_kernels.block_sparse_attention import mosaic_tpu
+
+    b, h = (max(x.shape[i] for x in (plan.blocks, *plan.seen)) for i in (0, 1))
+    m, e = plan.blocks.shape[2:]
+    return mosaic_tpu.objection(
+        dtype=dtype, F=sizes.F, H=sizes.H, query_block=plan.query_block, key_block=plan.key_block,
+        members=1 if h == sizes.N else sizes.groups, blocks=max(m, plan.num_key_blocks),
+        items=b * h * (m * e + plan.num_key_blocks),
+        weighted=plan.log_weight is not None,
+    )  # fmt: skip
+
+
+def pays(**call) -> bool:
+    """Whether the kernels are the better choice where they can serve.
+
+    Compilers cannot partition them: over several devices they belong inside `shard_map`, and only
+    who writes that can tell.
+    """
+    del call
+    return jax.device_count() == 1

@@ -1,0 +1,86 @@
+"""The kernels for TPUs, behind the op's contract."""
+
+import jax
+import jax.numpy as jnp
+
+from lcattn.ops import dispatch
+from lcattn.ops.checks import Sizes
+from lcattn.ops.linear_attention.features import TAYLOR, FeatureMap, Similarity
+from lcattn.ops.linear_attention.state import LinearAttentionState, checked
+from lcattn.typing import Array
+
+# Not measured: no TPU was at hand. Below, XLA takes one dense chunk.
+_PAYS_FROM = 2048
+
+
+def attend(
+    similarity: Similarity,
+    q: Array,
+    k: Array,
+    v: Array,
+    segment_ids: Array | None,
+    state: LinearAttentionState | None,
+    *,
+    normalize: bool,
+    causal: bool,
+    scale: float,
+    chunk_size: int,
+) -> tuple[Array, LinearAttentionState]:
+    """Outputs `[B,T,N,H]` and the final state, of a call that `objection` lets pass."""
+    from pallas_kernels.linear_attention import mosaic_tpu
+
+    del causal, chunk_size
+    state = checked(state, normalize, similarity, k, v)
+    out, (kv, normalizer) = mosaic_tpu.linear_attention(
+        q, k, v, None if state is None else (state.kv, state.normalizer), _documents(segment_ids),
+        feature_map="taylor" if similarity is TAYLOR else "identity",
+        scale=scale, normalize=normalize,
+    )  # fmt: skip
+    return out, LinearAttentionState(kv=kv, normalizer=normalizer)
+
+
+def objection(
+    *,
+    sizes: Sizes,
+    dtype: jnp.dtype,
+    feature_map: FeatureMap,
+    normalize: bool,
+    causal: bool,
+    segment_ids: Array | None,
+    scale: float,
+    chunk_size: int | None,
+) -> str | None:
+    """Why the kernels cannot serve a call, in words."""
+    del normalize, segment_ids, scale, chunk_size
+    if dispatch.default_platform() != "tpu":
+        return "needs a TPU"
+    if not causal:
+        return "is causal"
+    if not isinstance(feature_map, str):
+        return "knows no feature map but its own"
+    # Imported where it can run: it takes longer to import than the rest of the ops.
+    from pallas_kernels.linear_attention import mosaic_tpu
+
+    # elu + 1 is applied outside; what is left is the identity.
+    kind = "taylor" if feature_map == "taylor" else "identity"
+    return mosaic_tpu.objection(feature_map=kind, dtype=dtype, F=sizes.F, H=sizes.H)
+
+
+def pays(*, sizes: Sizes, chunk_size: int | None, **call) -> bool:
+    """Whether the kernels are the better choice where they can serve.
+
+    They walk chunks of their own size, and compilers cannot partition them: over several devices
+    they belong inside `shard_map`, and only who writes that can tell.
+    """
+    del call
+    return sizes.T >= _PAYS_FROM and chunk_size is None and jax.device_count() == 1
+
+
+def _documents(segment_ids: Array | None) -> Array | None:
+    """Ids with 0 for the first document of each row and -1 for padding."""
+    if segment_ids is None:
+        return None
+    padding = segment_ids < 0
+    largest = jnp.iinfo(segment_ids.dtype).max
+    first = jnp.min(jnp.where(padding, largest, segment_ids), axis=1, keepdims=True)
+    return jnp.where(padding, -1, segment_ids - first).astype(jnp.int32)
