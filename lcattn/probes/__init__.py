@@ -1,7 +1,7 @@
 """Measurements on models: what they compute in context, and how.
 
-- attention maps and their scores: `attention_maps`, `prefix_matching`, `previous_token`,
-  `duplicate_token`, `copying`, `k_composition`; of an op, `effective_attention`;
+- attention maps and their scores: `attention_maps`, `as_shares`, `prefix_matching`,
+  `previous_token`, `duplicate_token`, `copying`, `k_composition`; of an op, `effective_attention`;
 - behaviour, of any model: `counterfactual_copy`, `occlusion`, `gradient_shares`, `sensitivity`,
   `by_role`;
 - losses: `token_losses`, `in_context_score`, `loss_slope`, `trajectory`, `phase_change`;
@@ -16,6 +16,7 @@
 from lcattn.probes.ablation import keep_heads, with_patterns
 from lcattn.probes.attention import (
     HeadScores,
+    as_shares,
     attention_maps,
     copying,
     duplicate_token,
@@ -51,6 +52,7 @@ __all__ = [
     "HeadScores",
     "InductionProblem",
     "Roles",
+    "as_shares",
     "attention_maps",
     "attributions",
     "best_heads",

@@ -53,6 +53,17 @@ def attention_maps(model: LM, tokens: Tokens) -> dict[int, Maps]:
     return maps
 
 
+def as_shares(maps: Maps) -> Maps:
+    """Absolute weights, each row divided by its sum: what makes maps of all mechanisms comparable.
+
+    Weights of a state may be negative or large, since a norm follows. Rows of softmax stay as they
+    are, rows of nothing stay 0.
+    """
+    weights = jnp.abs(maps)
+    total = weights.sum(axis=-1, keepdims=True)
+    return jnp.where(total > 0, weights / jnp.where(total > 0, total, 1), 0)
+
+
 def earlier_copies(tokens: Tokens) -> Bool[Array, "B T T"]:
     """Whether token j is an earlier copy of token i, `[b, i, j]`."""
     T = tokens.shape[1]

@@ -110,7 +110,8 @@ class InductionProblem(TokenProblem):
     def _heads(self, model: LM) -> dict[str, Array]:
         tokens = self._blocks(_BLOCKS, self.copies)
         scores = {}
-        for layer, maps in attention.attention_maps(model, tokens).items():
+        for layer, found in attention.attention_maps(model, tokens).items():
+            maps = attention.as_shares(found)
             scores[f"prefix_matching/{layer}"] = attention.prefix_matching(maps, tokens).value
             scores[f"duplicate_token/{layer}"] = attention.duplicate_token(maps, tokens).value
             scores[f"previous_token/{layer}"] = attention.previous_token(maps).value
@@ -168,7 +169,11 @@ def _attributions(problem: InductionProblem, num_rows: int, params: Tree, model_
         roles = {name: behavior.by_role(m, problem.period) for name, m in maps.items()}
         offsets = {
             layer: jnp.stack(
-                [attention.prefix_matching(m, tokens, offset=o).value for o in range(5)], axis=-1
+                [
+                    attention.prefix_matching(attention.as_shares(m), tokens, offset=o).value
+                    for o in range(5)
+                ],
+                axis=-1,
             )
             for layer, m in attention.attention_maps(model, tokens).items()
         }

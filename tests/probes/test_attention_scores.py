@@ -51,6 +51,12 @@ def test_heads_made_by_hand():
     assert attention.prefix_matching(before, rows()).value == 0
 
 
+def test_weights_as_shares():
+    maps = jnp.array([[[[-2.0, 6.0], [0.0, 0.0]]]])
+    np.testing.assert_allclose(attention.as_shares(maps), [[[[0.25, 0.75], [0, 0]]]])
+    np.testing.assert_allclose(attention.as_shares(uniform()), uniform(), rtol=1e-6)
+
+
 def test_of_uniform_attention():
     queries = range(1 + R, T)
     expected = np.mean([((i - 1) // R) / (i + 1) for i in queries])
