@@ -49,8 +49,8 @@ def report(results: Mapping[str, Any]) -> Report:
             reporting.describe_environment(results["environment"]),
             "One layer of each mechanism between a linear embedding and a linear read-out, "
             f"{study['num_steps']} steps each; mean over seeds with its 95 % interval. Wide "
-            "intervals are seeds still on the plateau of the start, so what a mechanism lacks here it has "
-            "not learned in these steps, which does not say that it cannot. The rows are one draw, "
+            "intervals are seeds still on the plateau of the start, so what a mechanism lacks here it "
+            "has not learned in these steps, which does not say that it cannot. The rows are one draw, "
             "on which a step of gradient descent has "
             f"{study['measured'][study['mechanisms'][0] + '/GD/loss'][0]:.3g}. "
             f"{reporting.took(results['seconds'])}",
@@ -81,8 +81,9 @@ def figure(study: Mapping[str, Any]) -> Figure:
     return Figure(
         name="mechanisms",
         caption="One layer of each mechanism after training on linear regression in context. Left: "
-        "its loss, and that of gradient descent over all rows (lines). Right: cosine of its sensitivity to the "
-        "query with that of one step of gradient descent. Whiskers: 95 % interval over seeds.",
+        "its loss, and that of gradient descent over all rows (lines). Right: cosine of its "
+        "sensitivity to the query with that of one step of gradient descent. Whiskers: 95 % "
+        "interval over seeds.",
         panels=panels,
     )
 
