@@ -49,9 +49,9 @@ def report(results: Mapping[str, Any]) -> Report:
             reporting.describe_environment(results["environment"]),
             "One layer of each mechanism between a linear embedding and a linear read-out, "
             f"{study['num_steps']} steps each; mean over seeds with its 95 % interval. Wide "
-            "intervals are seeds still on the plateau of the start, so what a mechanism lacks here it "
-            "has not learned in these steps, which does not say that it cannot. The rows are one draw, "
-            "on which a step of gradient descent has "
+            "intervals are seeds still on the plateau of the start, so what a mechanism lacks here "
+            "it has not learned in these steps, which does not say that it cannot. The rows are "
+            "one draw, on which a step of gradient descent has "
             f"{study['measured'][study['mechanisms'][0] + '/GD/loss'][0]:.3g}. "
             f"{reporting.took(results['seconds'])}",
             figure(study),
