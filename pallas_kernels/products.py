@@ -38,7 +38,9 @@ class Products:
     ) -> jax.Array:
         """`a b`; `meanwhile` is called while it is in flight."""
         if self.interpret:
-            return _dot(a, b)
+            result = _dot(a, b)
+            meanwhile()
+            return result
 
         def issue(acc):
             plgpu.wgmma(acc, a, b)
@@ -48,30 +50,49 @@ class Products:
         return pl.run_scoped(issue, _accumulator(a, b))
 
     def products(
-        self, first: tuple[Operand, Operand], second: tuple[Operand, Operand]
+        self,
+        first: tuple[Operand, Operand],
+        second: tuple[Operand, Operand],
+        then: Callable[[jax.Array], jax.Array] | None = None,
     ) -> tuple[jax.Array, jax.Array]:
-        """Two products in flight at once."""
+        """Two products in flight at once.
+
+        The first is given as what `then` makes of it while the second is in flight.
+        """
         if self.interpret:
-            return _dot(*first), _dot(*second)
+            x = _dot(*first)
+            return x if then is None else then(x), _dot(*second)
 
         def issue(acc_0, acc_1):
             plgpu.wgmma(acc_0, *first)
             plgpu.wgmma(acc_1, *second)
-            return lax.optimization_barrier((acc_0[...], acc_1[...]))
+            if then is None:
+                return lax.optimization_barrier((acc_0[...], acc_1[...]))
+            x = lax.optimization_barrier(plgpu.wgmma_accumulator_load(acc_0, wait_n=1))
+            return lax.optimization_barrier((then(x), acc_1[...]))
 
         return pl.run_scoped(issue, _accumulator(*first), _accumulator(*second))
 
-    def accumulate(self, total: jax.Array, a: Operand, b: Operand) -> jax.Array:
-        """`total + a b`; the sum never leaves its registers.
+    def accumulate(
+        self,
+        total: jax.Array,
+        a: Operand,
+        b: Operand,
+        meanwhile: Callable[[], None] = lambda: None,
+    ) -> jax.Array:
+        """`total + a b`; `meanwhile` is called while it is in flight.
 
-        One product only: issuing a second into the same registers makes the compiler serialise
-        them, so operands are concatenated instead.
+        The sum never leaves its registers. One product only: issuing a second into the same
+        registers makes the compiler serialise them, so operands are concatenated instead.
         """
         if self.interpret:
-            return total + _dot(a, b)
+            result = total + _dot(a, b)
+            meanwhile()
+            return result
 
         def issue(acc):
             plgpu.wgmma(acc, a, b)
+            meanwhile()
             plgpu.wgmma_wait(0)
 
         return lax.optimization_barrier(pl.run_state(issue)(plgpu.ACC.init(total)))

@@ -4,6 +4,49 @@ import dataclasses
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class LaunchConfig:
+    """How the Hopper kernels cut up a block that streams.
+
+    Attributes:
+      width: keys a step in the forward kernel.
+      stages: steps in flight from global to shared memory there.
+      takes_turns: whether one of two computing warpgroups multiplies matrices there while the other
+        takes exponentials.
+      query_gradient_width: keys a step in the kernel of d q.
+      query_gradient_stages: steps in flight there.
+      key_gradient_width: queries a step in the kernel of d k and d v, whose registers hold two
+        sums.
+      key_gradient_stages: steps in flight there.
+
+    Raises:
+      ValueError: for numbers that do not fit.
+    """
+
+    width: int = 128
+    stages: int = 2
+    takes_turns: bool = True
+    query_gradient_width: int = 64
+    query_gradient_stages: int = 2
+    key_gradient_width: int = 64
+    key_gradient_stages: int = 2
+
+    def __post_init__(self) -> None:
+        for name in ("width", "query_gradient_width", "key_gradient_width"):
+            _check_choice(self, name, (64, 128))
+        for name in ("stages", "query_gradient_stages", "key_gradient_stages"):
+            _check_choice(self, name, (2, 3, 4))
+
+
+def heuristic(*, query_block: int, key_block: int) -> LaunchConfig:
+    """The launch parameters for blocks: steps that divide them.
+
+    Not measured: no GPU was at hand.
+    """
+    del query_block
+    return LaunchConfig(width=128 if key_block % 128 == 0 else 64)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class TpuLaunchConfig:
     """How a step of the TPU kernels, one entry of a list, is cut up.
 
@@ -18,10 +61,7 @@ class TpuLaunchConfig:
     strip: int = 128
 
     def __post_init__(self) -> None:
-        if self.strip not in (128, 256, 512):
-            raise ValueError(
-                f"TpuLaunchConfig.strip: expected one of (128, 256, 512), got {self.strip!r}"
-            )
+        _check_choice(self, "strip", (128, 256, 512))
 
 
 def tpu_heuristic(*, H: int, key_block: int) -> TpuLaunchConfig:
@@ -31,3 +71,9 @@ def tpu_heuristic(*, H: int, key_block: int) -> TpuLaunchConfig:
     """
     wide = 256 if H > 64 else 128
     return TpuLaunchConfig(strip=wide if key_block % wide == 0 else 128)
+
+
+def _check_choice(config: LaunchConfig | TpuLaunchConfig, name: str, values: tuple) -> None:
+    value = getattr(config, name)
+    if value not in values:
+        raise ValueError(f"{type(config).__name__}.{name}: expected one of {values}, got {value!r}")

@@ -58,7 +58,7 @@ def by_queries(lists: Lists) -> Items:
     place = lax.cummax(jnp.where(kinds == SKIPPED, 0, jnp.arange(e, dtype=jnp.int32)), axis=3)
     stream = jnp.take_along_axis(lists.blocks, place, axis=3)
     stay = jnp.broadcast_to(jnp.arange(m, dtype=jnp.int32)[:, None], stream.shape)
-    log_weight = None if lists.log_weight is None else _powers_of_two(lists.log_weight)
+    log_weight = None if lists.log_weight is None else powers_of_two(lists.log_weight)
     return Items(
         _pack(*(x.reshape(b, h, -1) for x in (stay, stream, kinds))),
         None if log_weight is None else log_weight.reshape(b, h, -1),
@@ -81,7 +81,7 @@ def by_keys(lists: Lists) -> Items:
         is_entry = (place >= start[stay]) & (place < start[stay + 1])
         entry = entries[jnp.clip(place, start[stay], jnp.maximum(start[stay + 1] - 1, 0))]
         kind = jnp.where(is_entry, kinds[entry], SKIPPED)
-        weight = None if log_weight is None else _powers_of_two(log_weight[entry])
+        weight = None if log_weight is None else powers_of_two(log_weight[entry])
         return Items(_pack(stay, entry // e, kind), weight)
 
     entries, start = (x.reshape(b * h, -1) for x in (lists.entries, lists.start))
@@ -103,5 +103,5 @@ def _pack(stay: jax.Array, stream: jax.Array, kind: jax.Array) -> jax.Array:
     return packed.astype(jnp.int32)
 
 
-def _powers_of_two(log_weight: jax.Array) -> jax.Array:
+def powers_of_two(log_weight: jax.Array) -> jax.Array:
     return (log_weight * 1.4426950408889634).astype(jnp.float32)

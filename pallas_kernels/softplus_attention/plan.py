@@ -12,7 +12,7 @@ time and read the same keys from L2.
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,9 +23,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.products import Products
 from pallas_kernels.softplus_attention.config import LaunchConfig
 from pallas_kernels.softplus_attention.packing import Packing
-from pallas_kernels.softplus_attention.rows import Row
 from pallas_kernels.softplus_attention.weights import HIDDEN
-from pallas_kernels.tiles import ALONG_COLUMNS, ALONG_ROWS, TILE, iota, over_columns, over_rows
+from pallas_kernels.tiles import ALONG_COLUMNS, TILE, iota, over_columns, over_rows
+from pallas_kernels.warpgroups import Here, Turns
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,7 +104,7 @@ class Plan:
             interpret=plgpu.InterpretGPUParams() if self.interpret else None,
         )(*arrays)  # fmt: skip
 
-    def key_tiles(self, here: "Here", packing: Packing | None, width: int) -> tuple[Any, Any]:
+    def key_tiles(self, here: Here, packing: Packing | None, width: int) -> tuple[Any, Any]:
         """First and number of the key tiles that a block of queries walks."""
         stop = lax.div((here.index + 1) * self.block + (width - 1), width)
         if packing is None:
@@ -113,7 +113,7 @@ class Plan:
         return first, stop - first
 
     def query_tiles(
-        self, here: "Here", packing: Packing | None, length: int, width: int
+        self, here: Here, packing: Packing | None, length: int, width: int
     ) -> tuple[Any, Any]:
         """First and number of the query tiles that a block of keys walks."""
         first = lax.div(here.index * self.block, width)
@@ -122,7 +122,7 @@ class Plan:
             stop = packing.past_queries[here.batch, here.index]
         return first, lax.div(stop + (width - 1), width) - first
 
-    def hide_keys(self, here: "Here", packing: Packing | None) -> Callable:
+    def hide_keys(self, here: Here, packing: Packing | None) -> Callable:
         """A function that hides what is not seen.
 
         It takes scores `[queries, keys]` of a block of queries, the first of the keys and, if
@@ -140,7 +140,7 @@ class Plan:
 
         return hide
 
-    def hide_queries(self, here: "Here", packing: Packing | None) -> Callable:
+    def hide_queries(self, here: Here, packing: Packing | None) -> Callable:
         """The same of scores `[keys, queries]`, of a block of keys; `positions` of the queries."""
         if packing is None:
             return lambda t, query: _hide_before(t, here.token, query)
@@ -156,7 +156,7 @@ class Plan:
 
         return hide
 
-    def here(self, blocks: int, *, reverse: bool) -> "Here":
+    def here(self, blocks: int, *, reverse: bool) -> Here:
         """Where in the grid a kernel runs; `reverse` if later blocks have longer walks."""
         index = lax.axis_index("block")
         index = blocks - 1 - index if reverse else index
@@ -169,9 +169,9 @@ class Plan:
     def walk(
         self,
         compute: Callable[[Callable], None],
-        here: "Here",
+        here: Here,
         arrays: list[Any],
-        turns: "Turns",
+        turns: Turns,
         *,
         heads: int,
         first: Any,
@@ -247,52 +247,6 @@ class Plan:
             context(lambda state: plgpu.emit_pipeline(body, **options, init_carry=state)(*arrays))
 
 
-class Here(NamedTuple):
-    """The block of one warpgroup."""
-
-    batch: Any
-    head: Any
-    index: Any  # of the CTA's block
-    warpgroup: Any
-    token: Any  # the warpgroup's first
-
-    @property
-    def tokens(self):
-        """The slice of the sequence."""
-        return pl.ds(self.token, TILE)
-
-    def fetch(self, arrays, tiles, barriers) -> list:
-        """Copies what stays, `[B,T,heads,size]`, to shared memory, and gives its tiles."""
-        own = [tile.at[self.warpgroup] for tile in tiles]
-        for array, tile in zip(arrays, own, strict=True):
-            source = array.at[self.batch, self.tokens, self.head]
-            plgpu.copy_gmem_to_smem(source, tile, barriers.at[self.warpgroup])
-        plgpu.barrier_wait(barriers.at[self.warpgroup])
-        return own
-
-    def store(self, values, tiles, targets) -> None:
-        """Writes tiles to `[B,T,heads,size]`, through shared memory that is no longer read."""
-        for value, tile in zip(values, tiles, strict=True):
-            tile[...] = value.astype(tile.dtype)
-        plgpu.commit_smem()
-        for tile, target in zip(tiles, targets, strict=True):
-            plgpu.copy_smem_to_gmem(tile, target.at[self.batch, self.tokens, self.head])
-        plgpu.wait_smem_to_gmem(0)
-
-    def read(self, rows, row: Row) -> jax.Array:
-        """A number of each of the block's queries, of `[B,N,numbers,T]`."""
-        source = rows.at[self.batch, self.head, int(row), self.tokens]
-        return plgpu.load(source, layout=ALONG_ROWS, optimized=False)
-
-    def write(self, target, numbers: jax.Array) -> None:
-        """Writes a number of each of the block's queries, to `[B,N,T]`."""
-        target[self.batch, self.head, self.tokens] = numbers
-
-    def token_numbers(self, array) -> jax.Array:
-        """The block's part of `[B,T]`."""
-        return plgpu.load(array.at[self.batch, self.tokens], layout=ALONG_ROWS, optimized=False)
-
-
 def _hide_after(t: jax.Array, query: Any, key: Any) -> jax.Array:
     """Scores `[queries, keys]` with the keys after each query hidden."""
     width = t.shape[1]
@@ -311,34 +265,3 @@ def _hide_before(t: jax.Array, key: Any, query: Any) -> jax.Array:
         return jnp.where(iota(0, width) - iota(1, width) <= query - key, t, HIDDEN)
 
     return lax.cond(query < key + TILE - 1, hide, lambda t: t, t)
-
-
-@dataclasses.dataclass(frozen=True)
-class Turns:
-    """How two warpgroups keep apart.
-
-    One's products are in flight while the other computes weights. Left alone, they fall into step,
-    and the matrix unit waits for both. A step swaps when its scores are in flight and when its
-    weights are ready. That took a tenth off `mix`; the gradients' kernels it made slower.
-
-    Attributes:
-      barrier: at which both arrive, or None where there is nothing to swap.
-    """
-
-    barrier: Any
-
-    def swap(self) -> None:
-        """Waits for the other's swap."""
-        if self.barrier is not None:
-            plgpu.barrier_arrive(self.barrier)
-            plgpu.barrier_wait(self.barrier)
-
-    def begin(self, here: Here) -> None:
-        """Lets the first warpgroup go ahead."""
-        if self.barrier is not None:
-            pl.when(here.warpgroup == 1)(self.swap)
-
-    def end(self, here: Here) -> None:
-        """Answers the second one's last swap."""
-        if self.barrier is not None:
-            pl.when(here.warpgroup == 0)(self.swap)

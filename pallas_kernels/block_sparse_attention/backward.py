@@ -1,0 +1,189 @@
+r"""Gradients, in two walks: queries stay for `d q`, keys stay for `d k` and `d v`.
+
+    d t = p (g·v - mean),    p = 2^(t - l),    mean = g·O - d l
+
+    d q = sum d t k,    d k = sum d t q,    d v = sum p g
+
+with g the gradient of O and d l that of the log-sum-exp.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.block_sparse_attention.phases import Phases
+from pallas_kernels.block_sparse_attention.plan import Plan, Rule
+from pallas_kernels.tiles import ALONG_COLUMNS, over_columns, over_rows, zeros
+
+LSE, MEAN = 0, 1
+"""The numbers of a query: its log-sum-exp in powers of two, +inf if it sees nothing; and mean."""
+
+
+def query_gradients(
+    plan: Plan,
+    q: jax.Array,
+    g: jax.Array,
+    numbers: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    phases: Phases,
+    rule: Rule,
+) -> jax.Array:
+    """`d q` `[B,T,N,H]`.
+
+    Args:
+      plan: options.
+      q: queries `[B,T,N,H]`.
+      g: the output's gradient `[B,T,N,H]`.
+      numbers: of each query, `[B,N,2,T]` in float32.
+      k: keys `[B,S,K,H]`.
+      v: values `[B,S,K,H]`.
+      phases: lists of blocks of queries.
+      rule: which pairs of partial entries count.
+    """
+    N, H = q.shape[2:]
+    width, group = plan.config.query_gradient_width, N // k.shape[2]
+
+    def block_sparse_attention_query_gradients(
+        arrays, outs, *, here, tiles, barriers, rings, turns
+    ):
+        q, g, numbers, k, v, phases, rule = arrays
+        keys, values = rings
+        steps = plan.steps(phases, here, here.head, plan.key_block, width)
+
+        def copy():
+            @pl.loop(0, steps.count)
+            def _(step):
+                tokens = pl.ds(steps.token(step), width)
+                source = here.batch, tokens, lax.div(here.head, group)
+                keys.fill(step, k.at[source])
+                values.fill(step, v.at[source])
+
+        def compute():
+            query, grad = here.fetch([q, g], tiles, barriers)
+            lse, mean = (here.read(numbers, i) for i in (LSE, MEAN))
+
+            def body(step, _, total, *, is_partial):
+                weight = steps.weight(step)
+                keys.wait(step)
+                values.wait(step)
+                key, value = keys.tile(step), values.tile(step)
+
+                def probabilities(t):
+                    if is_partial:
+                        t = plan.hide(t, rule, here, here.head, steps.token(step), rows="queries")
+                    base = lse if weight is None else lse - weight
+                    return jnp.exp2(t * plan.factor - over_columns(base, width))
+
+                p, pull = plan.products.products(
+                    (query, key.transpose((1, 0))), (grad, value.transpose((1, 0))), probabilities
+                )
+                values.release(step)
+                d = p * (pull - over_columns(mean, width))
+                total = plan.products.accumulate(total, d.astype(k.dtype), key)
+                keys.release(step)
+                return total
+
+            here.store([steps.walk(body, zeros(H)) * plan.scale], [query], outs)
+
+        return copy, compute
+
+    return plan.launch(
+        block_sparse_attention_query_gradients, (q, g, numbers, k, v, phases, rule),
+        resident=[q, g], tiles=[((width, H), x.dtype) for x in (k, v)], block=plan.query_block,
+        stages=plan.config.query_gradient_stages, reverse=True,
+        out_type=jax.ShapeDtypeStruct(q.shape, q.dtype),
+    )  # fmt: skip
+
+
+def key_gradients(
+    plan: Plan,
+    q: jax.Array,
+    g: jax.Array,
+    numbers: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    phases: Phases,
+    rule: Rule,
+) -> tuple[jax.Array, jax.Array]:
+    """`d k` and `d v` `[B,S,K,H]`; arguments as above, but lists are those of blocks of keys."""
+    K, H = k.shape[2:]
+    width, group = plan.config.key_gradient_width, q.shape[2] // K
+
+    def block_sparse_attention_key_gradients(
+        arrays, outs, *, here, tiles, barriers, rings, turns
+    ):
+        q, g, numbers, k, v, phases, rule = arrays
+        queries, grads, rows = rings
+
+        def walks(run, state):
+            """Every query head that shares the keys: `run(steps, head, first, state)`."""
+
+            def member(i, first_and_state):
+                first, state = first_and_state
+                head = here.head * group + i
+                steps = plan.steps(phases, here, head, plan.query_block, width)
+                return first + steps.count, run(steps, head, first, state)
+
+            return lax.fori_loop(0, group, member, (jnp.int32(0), state))[1]
+
+        def copy():
+            def run(steps, head, first, state):
+                @pl.loop(0, steps.count)
+                def _(step):
+                    tokens, slot = pl.ds(steps.token(step), width), first + step
+                    queries.fill(slot, q.at[here.batch, tokens, head])
+                    rows.fill(slot, numbers.at[here.batch, head, :, tokens])
+                    grads.fill(slot, g.at[here.batch, tokens, head])
+
+                return state
+
+            walks(run, ())
+
+        def compute():
+            key, value = here.fetch([k, v], tiles, barriers)
+
+            def run(steps, head, first, state):
+                def body(step, slot, state, *, is_partial):
+                    dk, dv = state
+                    weight = steps.weight(step)
+                    for ring in rings:
+                        ring.wait(slot)
+                    query, grad = queries.tile(slot), grads.tile(slot)
+
+                    def row(i):
+                        return plgpu.load(rows.tile(slot).at[i], layout=ALONG_COLUMNS)
+
+                    def probabilities(t):
+                        if is_partial:
+                            t = plan.hide(t, rule, here, head, steps.token(step), rows="keys")
+                        base = row(LSE) if weight is None else row(LSE) - weight
+                        return jnp.exp2(t * plan.factor - over_rows(base))
+
+                    p, pull = plan.products.products(
+                        (key, query.transpose((1, 0))), (value, grad.transpose((1, 0))),
+                        probabilities,
+                    )  # fmt: skip
+                    d = p * (pull - over_rows(row(MEAN)))
+                    dk, dv = plan.products.accumulate_both(
+                        (dk, d.astype(q.dtype), query), (dv, p.astype(g.dtype), grad)
+                    )
+                    for ring in rings:
+                        ring.release(slot)
+                    return dk, dv
+
+                return steps.walk(body, state, first)
+
+            dk, dv = walks(run, (zeros(H), zeros(H)))
+            here.store([dk * plan.scale, dv], [key, value], outs)
+
+        return copy, compute
+
+    return plan.launch(
+        block_sparse_attention_key_gradients, (q, g, numbers, k, v, phases, rule),
+        resident=[k, v], block=plan.key_block, stages=plan.config.key_gradient_stages,
+        tiles=[((width, H), q.dtype), ((width, H), g.dtype), ((2, width), jnp.float32)],
+        out_type=tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (k, v)),
+    )  # fmt: skip

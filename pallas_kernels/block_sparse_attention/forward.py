@@ -1,0 +1,108 @@
+r"""The walk of queries over their lists.
+
+    t = c q·k + w                                   scores in powers of two
+    O = sum 2^(t - m) v / sum 2^(t - m),    l = m + log2 sum 2^(t - m)
+
+with m the largest t so far: sums are scaled down when it grows.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.block_sparse_attention.phases import Phases
+from pallas_kernels.block_sparse_attention.plan import LOG2_E, Plan, Rule
+from pallas_kernels.tiles import ALONG_ROWS, TILE, over_columns, zeros
+
+
+def attend(
+    plan: Plan, q: jax.Array, k: jax.Array, v: jax.Array, phases: Phases, rule: Rule
+) -> tuple[jax.Array, jax.Array]:
+    """The output `[B,T,N,H]`, and the log-sum-exp of every query, `[B,N,T]` in float32.
+
+    Args:
+      plan: options.
+      q: queries `[B,T,N,H]`.
+      k: keys `[B,S,K,H]`.
+      v: values `[B,S,K,H]`.
+      phases: lists of blocks of queries.
+      rule: which pairs of partial entries count.
+    """
+    B, T, N, H = q.shape
+    width, group = plan.config.width, N // k.shape[2]
+
+    def block_sparse_attention_forward(arrays, outs, *, here, tiles, barriers, rings, turns):
+        q, k, v, phases, rule = arrays
+        out, lse = outs
+        keys, values = rings
+        steps = plan.steps(phases, here, here.head, plan.key_block, width)
+
+        def copy():
+            @pl.loop(0, steps.count)
+            def _(step):
+                tokens = pl.ds(steps.token(step), width)
+                source = here.batch, tokens, lax.div(here.head, group)
+                keys.fill(step, k.at[source])
+                values.fill(step, v.at[source])
+
+        def compute():
+            (query,) = here.fetch([q], tiles, barriers)
+
+            def body(step, _, state, *, is_partial):
+                mixed, total, highest = state
+                weight = steps.weight(step)
+                key = keys.tile(step)
+                t = plan.products.product(query, key.transpose((1, 0)), turns.swap)
+                keys.release(step)
+                if is_partial:
+                    t = plan.hide(t, rule, here, here.head, steps.token(step), rows="queries")
+                before, highest = highest, jnp.maximum(
+                    highest, _plus(t.max(axis=1) * plan.factor, weight)
+                )
+                # Rows that have seen nothing yet stay at -inf; subtract 0 there.
+                base = jnp.where(highest == -jnp.inf, 0.0, highest) if is_partial else highest
+                kept = jnp.exp2(before - base)
+                base = base if weight is None else base - weight
+                p = jnp.exp2(t * plan.factor - over_columns(base, width))
+                mixed *= over_columns(kept, H)
+                total = total * kept + p.sum(axis=1)
+                mixed, total, highest, p = lax.optimization_barrier(
+                    (mixed, total, highest, p.astype(v.dtype))
+                )
+                values.wait(step)
+                turns.swap()
+
+                def meanwhile():
+                    pl.when(step + 1 < steps.count)(lambda: keys.wait(step + 1))
+
+                mixed = plan.products.accumulate(mixed, p, values.tile(step), meanwhile)
+                values.release(step)
+                return mixed, total, highest
+
+            pl.when(steps.count > 0)(lambda: keys.wait(0))
+            turns.begin(here)
+            nothing = plgpu.layout_cast(jnp.zeros((TILE,), jnp.float32), ALONG_ROWS)
+            mixed, total, highest = steps.walk(body, (zeros(H), nothing, nothing - jnp.inf))
+            turns.end(here)
+            # The largest term is 1; a query that sees nothing has a sum of 0, and -inf.
+            here.write(lse, highest * (1 / LOG2_E) + jnp.log(total))
+            share = 1 / jnp.maximum(total, 1e-30)
+            here.store([mixed * over_columns(share, H)], [query], [out])
+
+        return copy, compute
+
+    return plan.launch(
+        block_sparse_attention_forward, (q, k, v, phases, rule), resident=[q],
+        tiles=[((width, H), x.dtype) for x in (k, v)], block=plan.query_block,
+        stages=plan.config.stages, reverse=True, takes_turns=plan.config.takes_turns,
+        out_type=(
+            jax.ShapeDtypeStruct((B, T, N, H), q.dtype),
+            jax.ShapeDtypeStruct((B, N, T), jnp.float32),
+        ),
+    )  # fmt: skip
+
+
+def _plus(x: jax.Array, weight: jax.Array | None) -> jax.Array:
+    return x if weight is None else x + weight

@@ -1,0 +1,62 @@
+"""Lists of blocks in the order in which the Hopper kernels walk them.
+
+What a block that stays walks past comes in two phases: first the blocks all of whose pairs count,
+then those whose pairs are tested. So the kernels have two loops and ask nothing of an entry but
+where it lies.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.block_sparse_attention.items import FULL, SKIPPED, Lists, powers_of_two
+
+
+class Phases(NamedTuple):
+    """Entries `[b,h,L]`, those of one block that stays after those of the one before.
+
+    Attributes:
+      blocks: the block that streams.
+      edges: where the whole entries of each block that stays begin, where its partial ones do, and
+        where these end, `[b,h,blocks,3]`.
+      log_weight: what is added to scores in powers of two, float32, or None.
+    """
+
+    blocks: jax.Array
+    edges: jax.Array
+    log_weight: jax.Array | None
+
+
+def by_queries(lists: Lists) -> Phases:
+    """Blocks of queries stay."""
+    m = lists.blocks.shape[2]
+    own = jnp.arange(m, dtype=jnp.int32)[:, None]
+    return _phases(jnp.broadcast_to(own, lists.blocks.shape), lists.blocks, lists, m)
+
+
+def by_keys(lists: Lists) -> Phases:
+    """Blocks of keys stay."""
+    m = lists.blocks.shape[2]
+    own = jnp.arange(m, dtype=jnp.int32)[:, None]
+    n = lists.start.shape[-1] - 1
+    return _phases(lists.blocks, jnp.broadcast_to(own, lists.blocks.shape), lists, n)
+
+
+def _phases(stay: jax.Array, stream: jax.Array, lists: Lists, count: int) -> Phases:
+    """Entries by the block that stays (of `count`), whole ones before partial ones."""
+    b, h = lists.kinds.shape[:2]
+    key = jnp.where(lists.kinds == SKIPPED, 2 * count, 2 * stay + (lists.kinds != FULL))
+    key, stream = (x.reshape(b, h, -1).astype(jnp.int32) for x in (key, stream))
+    order = jnp.argsort(key, axis=-1, stable=True)
+
+    def ordered(x: jax.Array) -> jax.Array:
+        return jnp.take_along_axis(x.reshape(b, h, -1), order, axis=-1)
+
+    phase = jnp.arange(2 * count + 1, dtype=jnp.int32)
+    begin = jax.vmap(jax.vmap(lambda x: jnp.searchsorted(x, phase)))(ordered(key))
+    edges = jnp.stack([begin[..., :-1:2], begin[..., 1::2], begin[..., 2::2]], axis=-1)
+    log_weight = lists.log_weight
+    if log_weight is not None:
+        log_weight = powers_of_two(ordered(log_weight))
+    return Phases(ordered(stream), edges.astype(jnp.int32), log_weight)

@@ -1,0 +1,244 @@
+"""What the Hopper kernels share: launching, the steps of a walk, and the rule.
+
+A CTA keeps a block of 64 tokens a computing warpgroup in shared memory, queries or keys, and its
+list says which others stream past it (`phases`), copied by a warpgroup of its own (`ring`). CTAs
+whose walks tend to be long come first; those of one head are neighbours in time and read the same
+tokens from L2.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.block_sparse_attention.config import LaunchConfig
+from pallas_kernels.block_sparse_attention.phases import Phases
+from pallas_kernels.block_sparse_attention.ring import Ring
+from pallas_kernels.products import Products
+from pallas_kernels.tiles import ALONG_COLUMNS, ALONG_ROWS, TILE
+from pallas_kernels.warpgroups import Here, Turns
+
+LOG2_E = 1.4426950408889634
+
+
+class Rule(NamedTuple):
+    """A query at position p reads a key only if `begin <= p < end`.
+
+    Attributes:
+      positions: of queries, `[b,h,T]` in int32.
+      begins, ends: of keys, `[b,h,S]` in int32.
+    """
+
+    positions: jax.Array
+    begins: jax.Array
+    ends: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """How kernels run, as fixed while tracing.
+
+    Attributes:
+      scale: factor of scores, positive.
+      heads: query heads.
+      query_block, key_block: sizes of the blocks of lists.
+      config: launch parameters.
+      interpret: whether to run in the CPU simulator.
+    """
+
+    scale: float
+    heads: int
+    query_block: int
+    key_block: int
+    config: LaunchConfig
+    interpret: bool = False
+
+    @property
+    def products(self) -> Products:
+        """The matrix unit."""
+        return Products(self.interpret)
+
+    @property
+    def factor(self) -> float:
+        """Of products, to have scores in powers of two."""
+        return self.scale * LOG2_E
+
+    def launch(
+        self,
+        body: Callable[..., tuple[Callable[[], None], Callable[[], None]]],
+        arrays: Any,
+        *,
+        resident: Sequence[jax.Array],
+        tiles: Sequence[tuple[tuple[int, ...], Any]],
+        block: int,
+        stages: int,
+        out_type: Any,
+        reverse: bool = False,
+        takes_turns: bool = False,
+    ) -> Any:
+        """Runs a kernel on every block of every head of what stays.
+
+        Args:
+          body: the kernel, named as profiles shall show it. Of `arrays`, outputs, `here`, `tiles`
+            and `barriers` for what stays, `rings` for what streams and `turns` it gives what the
+            copying warpgroup does, and what a computing one does.
+          arrays: its inputs.
+          resident: what stays, `[B,T,heads,H]`.
+          tiles: shapes and dtypes of the tiles that stream.
+          block: tokens of a block of its list.
+          stages: tiles in flight.
+          out_type: shapes of its outputs.
+          reverse: whether later blocks tend to have longer lists.
+          takes_turns: whether computing warpgroups do.
+        """
+        B, T, heads, H = resident[0].shape
+        # Both read the same list.
+        readers = 2 if block % (2 * TILE) == 0 else 1
+        ctas = T // (readers * TILE)
+        scratch: dict[str, Any] = {}
+        if takes_turns and readers == 2:
+            scratch = {"turn": plgpu.Barrier(num_arrivals=readers)}
+
+        def kernel(arrays, *outs, turn=None, **scratch):
+            index = lax.axis_index("block")
+            index = ctas - 1 - index if reverse else index
+            warpgroup = lax.axis_index("warpgroup")
+            here = Here(
+                lax.axis_index("batch"), lax.axis_index("head"),
+                lax.div(index, block // (readers * TILE)), warpgroup,
+                (index * readers + warpgroup) * TILE,
+            )  # fmt: skip
+            copy, compute = body(arrays, outs, here=here, turns=Turns(turn), **scratch)
+
+            def copying() -> None:
+                plgpu.set_max_registers(24, action="decrease")
+                copy()
+
+            def computing() -> None:
+                plgpu.set_max_registers(240, action="increase")
+                compute()
+
+            lax.cond(warpgroup == readers, copying, computing)
+
+        kernel.__name__ = body.__name__  # for profiles
+        run = plgpu.kernel(
+            kernel, out_type=out_type, grid=(B, heads, ctas), grid_names=("batch", "head", "block"),
+            num_threads=readers + 1, thread_name="warpgroup",
+            scratch_types={
+                "tiles": tuple(plgpu.SMEM((readers, TILE, H), x.dtype) for x in resident),
+                "barriers": plgpu.Barrier(num_arrivals=len(resident), num_barriers=readers),
+                "rings": tuple(
+                    Ring.scratch(shape, dtype, stages=stages, readers=readers)
+                    for shape, dtype in tiles
+                ),
+                **scratch,
+            },
+            compiler_params=plgpu.CompilerParams(approx_math=True),
+            interpret=plgpu.InterpretGPUParams() if self.interpret else None,
+        )  # fmt: skip
+        return run(arrays)
+
+    def of(self, array: Any, batch: Any, head: Any) -> tuple[Any, Any]:
+        """Where in `[b,h,...]` a query head's part is."""
+        b, h = array.shape[:2]
+        return (batch if b > 1 else 0), (lax.div(head, self.heads // h) if h > 1 else 0)
+
+    def steps(self, phases: Phases, here: Here, head: Any, block: int, width: int) -> "Steps":
+        """The walk of a query head's list past a block.
+
+        Args:
+          phases: lists, in global memory.
+          here: the block.
+          head: the query head.
+          block: size of the blocks that stream.
+          width: tokens a step.
+        """
+        at = self.of(phases.edges, here.batch, head)
+        edges = [phases.edges[*at, here.index, i] for i in range(3)]
+        return Steps(phases, at, *edges, block=block, width=width)
+
+    def hide(
+        self, t: jax.Array, rule: Rule, here: Here, head: Any, token: Any, *, rows: str
+    ) -> jax.Array:
+        """Scores with -inf where the rule hides a pair.
+
+        Args:
+          t: scores, `[64, width]`.
+          rule: the rule, in global memory.
+          here: the block that stays.
+          head: the query head.
+          token: the first token of what streams.
+          rows: what stays, "queries" or "keys".
+        """
+
+        def numbers(array, stays):
+            at = self.of(array, here.batch, head)
+            tokens = here.tokens if stays else pl.ds(token, t.shape[1])
+            layout, axis = (ALONG_ROWS, 0) if stays else (ALONG_COLUMNS, 1)
+            x = plgpu.load(array.at[*at, tokens], layout=layout, optimized=False)
+            return lax.broadcast_in_dim(x, t.shape, [axis])
+
+        position = numbers(rule.positions, rows == "queries")
+        begin, end = (numbers(x, rows == "keys") for x in (rule.begins, rule.ends))
+        return jnp.where((begin <= position) & (position < end), t, -jnp.inf)
+
+
+@dataclasses.dataclass(frozen=True)
+class Steps:
+    """The walk of one list past one block, `width` tokens a step.
+
+    Attributes:
+      phases: lists, in global memory.
+      at: where in them the row and the head are.
+      begin, middle, end: entries: those from `middle` on are partial.
+      block: tokens of an entry.
+      width: tokens of a step.
+    """
+
+    phases: Phases
+    at: tuple[Any, Any]
+    begin: Any
+    middle: Any
+    end: Any
+    block: int
+    width: int
+
+    @property
+    def count(self) -> Any:
+        """How many steps there are."""
+        return (self.end - self.begin) * (self.block // self.width)
+
+    @property
+    def whole(self) -> Any:
+        """How many of them, the first ones, need no test."""
+        return (self.middle - self.begin) * (self.block // self.width)
+
+    def token(self, step: Any) -> Any:
+        """The first token of a step."""
+        parts = self.block // self.width
+        block = self.phases.blocks[*self.at, self.begin + lax.div(step, parts)]
+        return block * self.block + lax.rem(step, parts) * self.width
+
+    def weight(self, step: Any) -> Any:
+        """What is added to the scores of a step, in powers of two; None for nothing."""
+        if self.phases.log_weight is None:
+            return None
+        entry = self.begin + lax.div(step, self.block // self.width)
+        return self.phases.log_weight[*self.at, entry]
+
+    def walk(self, body: Callable[..., Any], state: Any, first: Any = 0) -> Any:
+        """The state after `body(step, slot, state, is_partial) -> state` for every step.
+
+        `slot` is the step's number in the rings, whose first steps other walks may have taken.
+        """
+
+        def run(is_partial):
+            return lambda step, state: body(step, first + step, state, is_partial=is_partial)
+
+        state = lax.fori_loop(0, self.whole, run(False), state)
+        return lax.fori_loop(self.whole, self.count, run(True), state)
