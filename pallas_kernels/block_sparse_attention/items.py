@@ -104,4 +104,5 @@ def _pack(stay: jax.Array, stream: jax.Array, kind: jax.Array) -> jax.Array:
 
 
 def powers_of_two(log_weight: jax.Array) -> jax.Array:
+    """Log-weights as kernels add them to scores."""
     return (log_weight * 1.4426950408889634).astype(jnp.float32)

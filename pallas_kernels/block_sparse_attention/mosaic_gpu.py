@@ -9,6 +9,7 @@ have the dtype of q, all else is float32.
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -48,7 +49,7 @@ def block_sparse_attention(
         position p reads a key only if `begin <= p < end`.
       query_block, key_block: sizes of blocks, multiples of 64. A multiple of 128 is shared by two
         warpgroups.
-      scale: factor of scores, positive.
+      scale: factor of scores.
       config: launch parameters; default: by sizes of blocks.
       interpret: whether to run in the CPU simulator.
 
@@ -61,7 +62,7 @@ def block_sparse_attention(
     (T, N), (S, _, H) = q.shape[1:3], v.shape[1:]
     config = config or heuristic(query_block=query_block, key_block=key_block)
     reason = objection(
-        dtype=q.dtype, F=q.shape[3], H=H, query_block=query_block, key_block=key_block, scale=scale
+        dtype=q.dtype, F=q.shape[3], H=H, query_block=query_block, key_block=key_block
     )
     if reason is not None:
         raise ValueError(f"block_sparse_attention: the mosaic_gpu kernels {reason}")
@@ -74,6 +75,8 @@ def block_sparse_attention(
                 f"block_sparse_attention: expected config.{name} to divide blocks of {block}, "
                 f"got {getattr(config, name)}"
             )
+    if scale <= 0:  # in the kernels the largest product gives the largest score
+        q, scale = q * math.copysign(scale != 0, scale), -scale or 1.0
     plan = Plan(
         scale=scale, heads=N, query_block=query_block, key_block=key_block, config=config,
         interpret=interpret,
@@ -93,9 +96,7 @@ def block_sparse_attention(
     return out[:, :T], lse.swapaxes(1, 2)[:, :T]
 
 
-def objection(
-    *, dtype, F: int, H: int, query_block: int, key_block: int, scale: float
-) -> str | None:
+def objection(*, dtype, F: int, H: int, query_block: int, key_block: int) -> str | None:
     """Why the kernels do not serve a call, in words, or None."""
     if dtype not in (jnp.bfloat16, jnp.float16):
         return f"take bfloat16 or float16, not {jnp.dtype(dtype).name}"
@@ -104,8 +105,6 @@ def objection(
     for name, size in (("query_block", query_block), ("key_block", key_block)):
         if size % TILE:
             return f"take blocks of multiples of 64, not {name}={size}"
-    if not scale > 0:
-        return f"take a positive scale, not {scale}"
     return None
 
 

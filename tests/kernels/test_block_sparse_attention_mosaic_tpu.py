@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from random_plans import random_plan
 
-from lcattn.ops import BlockPlan, block_sparse_attention, sliding_window_plan
+from lcattn.ops import block_sparse_attention, sliding_window_plan
 from lcattn.ops.block_sparse_attention import tpu_kernel
-from lcattn.ops.visibility import Visibility
 from pallas_kernels.block_sparse_attention import items, mosaic_tpu
 from pallas_kernels.block_sparse_attention.config import TpuLaunchConfig, tpu_heuristic
 
@@ -23,25 +23,6 @@ def simulated(monkeypatch):
     run = functools.partial(mosaic_tpu.block_sparse_attention, interpret=True)
     monkeypatch.setattr(mosaic_tpu, "block_sparse_attention", run)
     monkeypatch.setattr(tpu_kernel.dispatch, "default_platform", lambda: "tpu")
-
-
-def random_plan(B, T, S, heads, *, query_block=128, key_block=128):
-    """Lists of random blocks with weights, some of them empty, under a random rule."""
-    draw = np.random.default_rng(1)
-    m, n = -(-T // query_block), -(-S // key_block)
-    chosen = draw.random((B, heads, m, n)) < 0.6
-    chosen[:, 0, 0], chosen[:, :, 1, 0] = False, True
-    blocks, count = np.argsort(~chosen, axis=-1, kind="stable"), chosen.sum(axis=-1)
-    blocks[np.arange(n) >= count[..., None]] = 10**6  # past the end of the lists
-    begin = draw.integers(-5, T // 2, (1, heads, S))
-    seen = np.arange(T).reshape(1, 1, T), begin, begin + draw.integers(0, T, (1, heads, S))
-    seen[1][..., :key_block], seen[2][..., :key_block] = 0, T  # whole entries
-    return BlockPlan(
-        blocks=jnp.asarray(blocks, jnp.int32), count=jnp.asarray(count, jnp.int32),
-        log_weight=jnp.asarray(draw.normal(size=chosen.shape), jnp.float32),
-        seen=Visibility(*(jnp.asarray(x, jnp.int32) for x in seen)),
-        query_block=query_block, key_block=key_block,
-    )  # fmt: skip
 
 
 CASES = {

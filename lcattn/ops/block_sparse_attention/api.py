@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 from lcattn.ops import checks, dispatch
-from lcattn.ops.block_sparse_attention import blockwise, columns, dense, tpu_kernel
+from lcattn.ops.block_sparse_attention import blockwise, columns, dense, kernel, tpu_kernel
 from lcattn.ops.block_sparse_attention.plan import BlockPlan
 from lcattn.ops.block_sparse_attention.validation import check_plan
 from lcattn.ops.merging import merge
@@ -65,10 +65,11 @@ def block_sparse_attention(
       scale: factor of the scores; default `F ** -0.5`.
       return_lse: also return the log-sum-exp of each query, `[B,T,N]` float32. Gradients flow
         through it.
-      implementation: "mosaic_tpu" (TPUs; bfloat16 or float32, blocks of 128, 256 or 512), "xla"
-        (block by block, anywhere), "reference" (the definition, T·S memory), or None for the first
-        of them that serves the call. Over several devices the kernels belong inside
-        `jax.shard_map(..., check_vma=False)`.
+      implementation: "mosaic_gpu" (Hopper GPUs; bfloat16 or float16, heads of 64 or 128, blocks of
+        multiples of 64; not yet run on one, so only by name), "mosaic_tpu" (TPUs; bfloat16 or
+        float32, blocks of 128, 256 or 512), "xla" (block by block, anywhere), "reference" (the
+        definition, T·S memory), or None for the first of them that serves the call. Over several
+        devices the kernels belong inside `jax.shard_map(..., check_vma=False)`.
 
     Returns:
       `[B,T,N,H]`, or that and the log-sum-exp.
@@ -103,6 +104,9 @@ def _with_columns(attend: Callable[..., tuple[Array, Array]]) -> Callable[..., t
 dispatch.declare(
     "block_sparse_attention",
     {
+        "mosaic_gpu": dispatch.Implementation(
+            _with_columns(kernel.attend), kernel.objection, kernel.pays
+        ),
         "mosaic_tpu": dispatch.Implementation(
             _with_columns(tpu_kernel.attend), tpu_kernel.objection, tpu_kernel.pays
         ),

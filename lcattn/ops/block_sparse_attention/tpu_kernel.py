@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 
 from lcattn.ops import dispatch
+from lcattn.ops.block_sparse_attention.entries import entries
 from lcattn.ops.block_sparse_attention.plan import BlockPlan
-from lcattn.ops.block_sparse_attention.tiles import spread
 from lcattn.ops.checks import Sizes
 from lcattn.typing import Array
 
@@ -13,18 +13,9 @@ from lcattn.typing import Array
 def attend(q: Array, k: Array, v: Array, plan: BlockPlan, *, scale: float) -> tuple[Array, Array]:
     """Attention over the listed blocks, of a call that `objection` lets pass."""
     from pallas_kernels.block_sparse_attention import mosaic_tpu
-    from pallas_kernels.block_sparse_attention.items import Lists
 
-    kinds = plan.kinds()
-    shape = kinds.shape[:2]
-    lists = Lists(
-        spread(plan.blocks, *shape),
-        kinds,
-        None if plan.log_weight is None else spread(plan.log_weight, *shape),
-        *(spread(x, *shape) for x in plan.transposed()),
-    )
     return mosaic_tpu.block_sparse_attention(
-        q, k, v, lists, tuple(plan.seen),
+        q, k, v, entries(plan), tuple(plan.seen),
         query_block=plan.query_block, key_block=plan.key_block, scale=scale,
     )  # fmt: skip
 

@@ -1,0 +1,38 @@
+"""The kernels for Hopper GPUs, behind the op's contract."""
+
+import jax.numpy as jnp
+
+from lcattn.ops import dispatch
+from lcattn.ops.block_sparse_attention.entries import entries
+from lcattn.ops.block_sparse_attention.plan import BlockPlan
+from lcattn.ops.checks import Sizes
+from lcattn.typing import Array
+
+
+def attend(q: Array, k: Array, v: Array, plan: BlockPlan, *, scale: float) -> tuple[Array, Array]:
+    """Attention over the listed blocks, of a call that `objection` lets pass."""
+    from pallas_kernels.block_sparse_attention import mosaic_gpu
+
+    return mosaic_gpu.block_sparse_attention(
+        q, k, v, entries(plan), tuple(plan.seen),
+        query_block=plan.query_block, key_block=plan.key_block, scale=scale,
+    )  # fmt: skip
+
+
+def objection(*, sizes: Sizes, dtype: jnp.dtype, plan: BlockPlan) -> str | None:
+    """Why the kernels cannot serve a call, in words."""
+    if not dispatch.on_hopper():
+        return "needs a Hopper GPU (compute capability 9.0)"
+    # Imported where it can run: it takes longer to import than the rest of the ops.
+    from pallas_kernels.block_sparse_attention import mosaic_gpu
+
+    return mosaic_gpu.objection(
+        dtype=dtype, F=sizes.F, H=sizes.H,
+        query_block=plan.query_block, key_block=plan.key_block,
+    )  # fmt: skip
+
+
+def pays(**call) -> bool:
+    """Whether the kernels are the better choice where they can serve: no GPU has run them yet."""
+    del call
+    return False

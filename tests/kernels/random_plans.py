@@ -1,0 +1,26 @@
+"""Plans of block-sparse attention that no mechanism would make."""
+
+import jax.numpy as jnp
+import numpy as np
+
+from lcattn.ops import BlockPlan
+from lcattn.ops.visibility import Visibility
+
+
+def random_plan(B, T, S, heads, *, query_block=128, key_block=128):
+    """Lists of random blocks with weights, some of them empty, under a random rule."""
+    draw = np.random.default_rng(1)
+    m, n = -(-T // query_block), -(-S // key_block)
+    chosen = draw.random((B, heads, m, n)) < 0.6
+    chosen[:, 0, 0], chosen[:, :, 1, 0] = False, True
+    blocks, count = np.argsort(~chosen, axis=-1, kind="stable"), chosen.sum(axis=-1)
+    blocks[np.arange(n) >= count[..., None]] = 10**6  # past the end of the lists
+    begin = draw.integers(-5, T // 2, (1, heads, S))
+    seen = np.arange(T).reshape(1, 1, T), begin, begin + draw.integers(0, T, (1, heads, S))
+    seen[1][..., :key_block], seen[2][..., :key_block] = 0, T  # whole entries
+    return BlockPlan(
+        blocks=jnp.asarray(blocks, jnp.int32), count=jnp.asarray(count, jnp.int32),
+        log_weight=jnp.asarray(draw.normal(size=chosen.shape), jnp.float32),
+        seen=Visibility(*(jnp.asarray(x, jnp.int32) for x in seen)),
+        query_block=query_block, key_block=key_block,
+    )  # fmt: skip
