@@ -72,8 +72,7 @@ def compile_for(case: Case, f: Callable, *, backward: bool):
 def errors(case: Case, compiled) -> dict[str, float]:
     """Relative RMS error of the output and every gradient, on fresh random inputs."""
     arrays = case.inputs(seed=time.time_ns() % 2**31)
-    poison = jnp.full((2**28,), jnp.nan, jnp.float32).block_until_ready()
-    poison.delete()
+    poison()
     heads = slice(case.reference_heads)
     got = [np.asarray(x[:, :, heads], np.float64) for x in compiled(*arrays)]
     with jax.enable_x64(True):
@@ -84,6 +83,11 @@ def errors(case: Case, compiled) -> dict[str, float]:
         name: float(np.linalg.norm(a - b) / np.linalg.norm(b))
         for name, a, b in zip(names, got, want, strict=True)
     }
+
+
+def poison() -> None:
+    """Fills a gigabyte of the memory that outputs are allocated from with NaN."""
+    jnp.full((2**28,), jnp.nan, jnp.float32).block_until_ready().delete()
 
 
 def times(compiled, *arrays) -> dict:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from random_plans import random_plan
+from lcattn.testing.plans import random_plan
 
 from lcattn.ops import block_sparse_attention, sliding_window_plan
 from lcattn.ops.block_sparse_attention import tpu_kernel

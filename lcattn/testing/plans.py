@@ -7,9 +7,18 @@ from lcattn.ops import BlockPlan
 from lcattn.ops.visibility import Visibility
 
 
-def random_plan(B, T, S, heads, *, query_block=128, key_block=128):
-    """Lists of random blocks with weights, some of them empty, under a random rule."""
-    draw = np.random.default_rng(1)
+def random_plan(
+    B: int, T: int, S: int, heads: int, *, query_block: int = 128, key_block: int = 128, seed: int = 1
+) -> BlockPlan:
+    """Lists of random blocks with weights, some of them empty, under a random rule.
+
+    Args:
+      B, T, S: rows, queries and keys.
+      heads: K or N; each has lists and a rule of its own.
+      query_block, key_block: sizes of blocks, such that there are at least two of queries.
+      seed: what to draw from.
+    """
+    draw = np.random.default_rng(seed)
     m, n = -(-T // query_block), -(-S // key_block)
     chosen = draw.random((B, heads, m, n)) < 0.6
     chosen[:, 0, 0], chosen[:, :, 1, 0] = False, True
