@@ -69,7 +69,8 @@ class Products:
             if then is None:
                 return lax.optimization_barrier((acc_0[...], acc_1[...]))
             x = lax.optimization_barrier(plgpu.wgmma_accumulator_load(acc_0, wait_n=1))
-            return lax.optimization_barrier((then(x), acc_1[...]))
+            x = lax.optimization_barrier(then(x))
+            return x, lax.optimization_barrier(acc_1[...])
 
         return pl.run_scoped(issue, _accumulator(*first), _accumulator(*second))
 

@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any, NamedTuple
 
 import jax
+from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -32,6 +33,14 @@ class Here(NamedTuple):
             plgpu.copy_gmem_to_smem(source, tile, barriers.at[self.warpgroup])
         plgpu.barrier_wait(barriers.at[self.warpgroup])
         return own
+
+    def own(self, tiles) -> list:
+        """The tiles of this warpgroup, found anew.
+
+        Inside a loop: descriptors of tiles that are found before it stay in a dozen registers.
+        """
+        warpgroup = lax.optimization_barrier(self.warpgroup)
+        return [tile.at[warpgroup] for tile in tiles]
 
     def store(self, values, tiles, targets) -> None:
         """Writes tiles to `[B,T,heads,size]`, through shared memory that is no longer read."""

@@ -62,7 +62,7 @@ def query_gradients(
                 values.fill(step, v.at[source])
 
         def compute():
-            query, grad = here.fetch([q, g], tiles, barriers)
+            here.fetch([q, g], tiles, barriers)
             lse, mean = (here.read(numbers, i) for i in (LSE, MEAN))
 
             def body(step, _, total, *, is_partial):
@@ -70,6 +70,7 @@ def query_gradients(
                 keys.wait(step)
                 values.wait(step)
                 key, value = keys.tile(step), values.tile(step)
+                query, grad = here.own(tiles)
 
                 def probabilities(t):
                     if is_partial:
@@ -86,7 +87,7 @@ def query_gradients(
                 keys.release(step)
                 return total
 
-            here.store([steps.walk(body, zeros(H)) * plan.scale], [query], outs)
+            here.store([steps.walk(body, zeros(H)) * plan.scale], here.own(tiles[:1]), outs)
 
         return copy, compute
 
@@ -143,7 +144,7 @@ def key_gradients(
             walks(run, ())
 
         def compute():
-            key, value = here.fetch([k, v], tiles, barriers)
+            here.fetch([k, v], tiles, barriers)
 
             def run(steps, head, first, state):
                 def body(step, slot, state, *, is_partial):
@@ -152,6 +153,7 @@ def key_gradients(
                     for ring in rings:
                         ring.wait(slot)
                     query, grad = queries.tile(slot), grads.tile(slot)
+                    key, value = here.own(tiles)
 
                     def row(i):
                         return plgpu.load(rows.tile(slot).at[i], layout=ALONG_COLUMNS)
@@ -177,7 +179,7 @@ def key_gradients(
                 return steps.walk(body, state, first)
 
             dk, dv = walks(run, (zeros(H), zeros(H)))
-            here.store([dk * plan.scale, dv], [key, value], outs)
+            here.store([dk * plan.scale, dv], here.own(tiles), outs)
 
         return copy, compute
 

@@ -48,12 +48,12 @@ def attend(
                 values.fill(step, v.at[source])
 
         def compute():
-            (query,) = here.fetch([q], tiles, barriers)
+            here.fetch([q], tiles, barriers)
 
             def body(step, _, state, *, is_partial):
                 mixed, total, highest = state
                 weight = steps.weight(step)
-                key = keys.tile(step)
+                (query,), key = here.own(tiles), keys.tile(step)
                 t = plan.products.product(query, key.transpose((1, 0)), turns.swap)
                 keys.release(step)
                 if is_partial:
@@ -89,7 +89,7 @@ def attend(
             # The largest term is 1; a query that sees nothing has a sum of 0, and -inf.
             here.write(lse, highest * (1 / LOG2_E) + jnp.log(total))
             share = 1 / jnp.maximum(total, 1e-30)
-            here.store([mixed * over_columns(share, H)], [query], [out])
+            here.store([mixed * over_columns(share, H)], here.own(tiles), [out])
 
         return copy, compute
 
