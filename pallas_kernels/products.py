@@ -121,7 +121,10 @@ def _accumulator(a: Operand, b: Operand):
 
 
 def _dot(a: Operand, b: Operand) -> jax.Array:
-    return jnp.dot(_value(a), _value(b), preferred_element_type=jnp.float32)
+    result = jnp.dot(_value(a), _value(b), preferred_element_type=jnp.float32)
+    # The matrix unit reads shared memory as copies write it; a load is ordered before these so.
+    plgpu.commit_smem()
+    return result
 
 
 def _value(operand: Operand) -> jax.Array:

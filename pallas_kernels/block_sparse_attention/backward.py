@@ -67,6 +67,10 @@ def query_gradients(
 
             def body(step, _, total, *, is_partial):
                 weight = steps.weight(step)
+                if is_partial:
+                    hide = plan.hiding(
+                        rule, here, here.head, steps.token(step), width, rows="queries"
+                    )
                 keys.wait(step)
                 values.wait(step)
                 key, value = keys.tile(step), values.tile(step)
@@ -74,7 +78,7 @@ def query_gradients(
 
                 def probabilities(t):
                     if is_partial:
-                        t = plan.hide(t, rule, here, here.head, steps.token(step), rows="queries")
+                        t = hide(t)
                     base = lse if weight is None else lse - weight
                     return jnp.exp2(t * plan.factor - over_columns(base, width))
 
@@ -150,6 +154,10 @@ def key_gradients(
                 def body(step, slot, state, *, is_partial):
                     dk, dv = state
                     weight = steps.weight(step)
+                    if is_partial:
+                        hide = plan.hiding(
+                            rule, here, head, steps.token(step), width, rows="keys"
+                        )
                     for ring in rings:
                         ring.wait(slot)
                     query, grad = queries.tile(slot), grads.tile(slot)
@@ -160,7 +168,7 @@ def key_gradients(
 
                     def probabilities(t):
                         if is_partial:
-                            t = plan.hide(t, rule, here, head, steps.token(step), rows="keys")
+                            t = hide(t)
                         base = row(LSE) if weight is None else row(LSE) - weight
                         return jnp.exp2(t * plan.factor - over_rows(base))
 
@@ -172,6 +180,7 @@ def key_gradients(
                     dk, dv = plan.products.accumulate_both(
                         (dk, d.astype(q.dtype), query), (dv, p.astype(g.dtype), grad)
                     )
+                    plgpu.commit_smem()  # numbers were loaded before copies overwrite them
                     for ring in rings:
                         ring.release(slot)
                     return dk, dv

@@ -53,11 +53,15 @@ def attend(
             def body(step, _, state, *, is_partial):
                 mixed, total, highest = state
                 weight = steps.weight(step)
+                if is_partial:
+                    hide = plan.hiding(
+                        rule, here, here.head, steps.token(step), width, rows="queries"
+                    )
                 (query,), key = here.own(tiles), keys.tile(step)
                 t = plan.products.product(query, key.transpose((1, 0)), turns.swap)
                 keys.release(step)
                 if is_partial:
-                    t = plan.hide(t, rule, here, here.head, steps.token(step), rows="queries")
+                    t = hide(t)
                 before, highest = highest, jnp.maximum(
                     highest, _plus(t.max(axis=1) * plan.factor, weight)
                 )

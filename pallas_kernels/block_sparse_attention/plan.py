@@ -116,11 +116,14 @@ class Plan:
             copy, compute = body(arrays, outs, here=here, turns=Turns(turn), **scratch)
 
             def copying() -> None:
-                plgpu.set_max_registers(24, action="decrease")
+                if readers > 1:
+                    plgpu.set_max_registers(24, action="decrease")
                 copy()
 
             def computing() -> None:
-                plgpu.set_max_registers(240, action="increase")
+                # One alone has as many as a thread may have, and what is copied needs few.
+                if readers > 1:
+                    plgpu.set_max_registers(240, action="increase")
                 compute()
 
             lax.cond(warpgroup == readers, copying, computing)
@@ -139,7 +142,7 @@ class Plan:
                 **scratch,
             },
             compiler_params=plgpu.CompilerParams(approx_math=True),
-            interpret=plgpu.InterpretGPUParams() if self.interpret else None,
+            interpret=plgpu.InterpretGPUParams(detect_races=True) if self.interpret else None,
         )  # fmt: skip
         return run(arrays)
 
@@ -162,30 +165,32 @@ class Plan:
         edges = [phases.edges[*at, here.index, i] for i in range(3)]
         return Steps(phases, at, *edges, block=block, width=width)
 
-    def hide(
-        self, t: jax.Array, rule: Rule, here: Here, head: Any, token: Any, *, rows: str
-    ) -> jax.Array:
-        """Scores with -inf where the rule hides a pair.
+    def hiding(
+        self, rule: Rule, here: Here, head: Any, token: Any, width: int, *, rows: str
+    ) -> Callable[[jax.Array], jax.Array]:
+        """A function of scores `[64, width]` that gives -inf where the rule hides a pair.
+
+        What it needs is loaded here: best before the product that it waits for.
 
         Args:
-          t: scores, `[64, width]`.
           rule: the rule, in global memory.
           here: the block that stays.
           head: the query head.
           token: the first token of what streams.
+          width: tokens of that.
           rows: what stays, "queries" or "keys".
         """
 
         def numbers(array, stays):
             at = self.of(array, here.batch, head)
-            tokens = here.tokens if stays else pl.ds(token, t.shape[1])
+            tokens = here.tokens if stays else pl.ds(token, width)
             layout, axis = (ALONG_ROWS, 0) if stays else (ALONG_COLUMNS, 1)
             x = plgpu.load(array.at[*at, tokens], layout=layout, optimized=False)
-            return lax.broadcast_in_dim(x, t.shape, [axis])
+            return lax.broadcast_in_dim(x, (TILE, width), [axis])
 
         position = numbers(rule.positions, rows == "queries")
         begin, end = (numbers(x, rows == "keys") for x in (rule.begins, rule.ends))
-        return jnp.where((begin <= position) & (position < end), t, -jnp.inf)
+        return lambda t: jnp.where((begin <= position) & (position < end), t, -jnp.inf)
 
 
 @dataclasses.dataclass(frozen=True)
