@@ -119,7 +119,7 @@ def highlights() -> str:
     """What a few experiments found, and where the others are."""
     others = {recorded.folder.name: recorded for recorded in records.experiments()}
     shown = [others.pop(name) for name in _HIGHLIGHTS]
-    links = (f"[{o.report.title}]({_link(o.folder / REPORT)})" for o in others.values())
+    links = (f"[{o.title}]({_link(o.folder / REPORT)})" for o in others.values())
     return f"{records.gallery(shown, root=ROOT)}\n\nAlso: {', '.join(links)}."
 
 

@@ -54,29 +54,38 @@ class Recorded(NamedTuple):
     results: Mapping[str, Any]
     report: Report
 
+    @property
+    def title(self) -> str:
+        """The report's, and what sets a further record of the same script apart."""
+        further = self.folder.name.removeprefix(self.results["script"]).replace("_", " ").strip()
+        return f"{self.report.title}: {further}" if further else self.report.title
+
 
 def experiments() -> Iterator[Recorded]:
     """Each recorded experiment but the demo, which the README shows whole."""
     for folder in sorted(path.parent for path in RECORDS.glob("*/results.json")):
-        script = importlib.import_module(f"experiments.{folder.name}")
+        results = load(folder / "results.json")
+        script = importlib.import_module(f"experiments.{results['script']}")
         if script is not demo:
-            results = load(folder / "results.json")
             yield Recorded(folder, results, script.report(results))
 
 
 def gallery(recorded: Iterable[Recorded], root: Path = RECORDS) -> str:
     """The first figure of each experiment, its command, and the machines; links are from `root`."""
     parts, environments = [], []
-    for folder, results, report in recorded:
-        figure = next(block for block in report.blocks if isinstance(block, Figure))
-        where = folder.relative_to(root).as_posix()
+    for record in recorded:
+        figure = next(block for block in record.report.blocks if isinstance(block, Figure))
+        where, environment = (
+            record.folder.relative_to(root).as_posix(),
+            record.results["environment"],
+        )
         parts += [
-            f"### {report.title}",
+            f"### {record.title}",
             f"![{figure.caption}]({where}/{figure.file})",
             figure.caption,
-            f"[Tables and remarks]({where}/{REPORT}) of `{results['environment']['command']}`",
+            f"[Tables and remarks]({where}/{REPORT}) of `{environment['command']}`",
         ]
-        environments.append(results["environment"])
+        environments.append(environment)
     return "\n\n".join([*parts, machines(environments)])
 
 
