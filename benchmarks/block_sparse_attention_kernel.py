@@ -3,30 +3,29 @@
     python -m benchmarks.block_sparse_attention_kernel \
         --out benchmarks/h200/block_sparse_attention_kernel.json
 
-Every output and gradient, that of the log-sum-exp included, is compared with the XLA form in
-float64 on fresh random inputs, after filling the memory that outputs are allocated from with NaN.
-Then come the times that were asked for, each beside its peer in the same run, and those of other
-launch parameters. A case that fails is reported and does not end the run; the script then ends
-with an error. The record is written anew after every case, and a short table comes last.
+Of every case, all outputs and gradients, through the log-sum-exp too, are compared with the XLA
+form in float64 on fresh random inputs, after filling the memory that outputs are allocated from
+with NaN. Then it is timed, beside its peers in the same run; last come other launch parameters. A
+case that fails is reported and does not end the run: the script then ends with an error. The record
+is written anew after every case, and a short table is printed at the end.
 
-Times are the sum of the kernels of one call, the sorting of lists included (CUPTI, median of 9, or
-2 of slow calls), and the wall time of a call with its host work.
+Times are the sum of the kernels of one call, those that sort the lists included (CUPTI, median of
+9, or 2 of slow calls), and the wall time of a call with its host work.
 
-`--rehearse` runs the same cases at tiny sizes on a CPU, in the simulator, with times that mean
-nothing.
+`--rehearse` runs all of it at tiny sizes on a CPU, in the simulator; its times mean nothing.
 """
 
 import argparse
 import dataclasses
-import functools
 import json
 import math
 import os
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 if "--rehearse" in sys.argv:
     os.environ["JAX_PLATFORMS"] = "cpu"
@@ -52,24 +51,50 @@ from pallas_kernels.block_sparse_attention.mosaic_gpu import (
     block_sparse_attention as attend_by_kernel,
 )
 
+Form = Callable[..., Any]  # of q, k, v and a plan
 TOLERANCE = {jnp.bfloat16: 1e-2, jnp.float16: 2e-3}
 OUTPUTS = ("out", "lse", "dq", "dk", "dv")
+PASSES = {"forward": False, "forward_backward": True}
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A shape and its plan; the reference takes `reference_heads` heads, or all."""
+    """A shape and its plan.
 
-    name: str
+    Attributes:
+      kind: what the plan is.
+      plan: makes it.
+      config: launch parameters, or None for the default ones.
+      reference_heads: heads that are compared with the reference, or None for all.
+      peers: what is timed beside the kernels, of "cudnn_softmax" and "xla".
+      simulated: whether to run in the simulator.
+    """
+
+    kind: str
     plan: Callable[["Case"], BlockPlan]
-    T: int
     B: int = 1
+    T: int = 32768
     N: int = 16
     K: int = 16
     H: int = 128
     dtype: type = jnp.bfloat16
     config: LaunchConfig | None = None
     reference_heads: int | None = None
+    peers: tuple[str, ...] = ()
+    simulated: bool = False
+
+    @property
+    def name(self) -> str:
+        """As tables spell it."""
+        sizes = f"{self.kind} B={self.B} T={self.T} N={self.N} K={self.K} H={self.H}"
+        return sizes if self.dtype is jnp.bfloat16 else f"{sizes} {np.dtype(self.dtype)}"
+
+    def tiny(self) -> "Case":
+        """The same in sizes for the simulator."""
+        return dataclasses.replace(
+            self, B=1, T=300 if self.T % 1000 == 0 else 256, N=2 if self.N > self.K else 1, K=1,
+            H=64, reference_heads=None, simulated=True,
+        )  # fmt: skip
 
     def inputs(self, seed: int) -> tuple[jax.Array, ...]:
         """q, k, v and the gradients of the output and of the log-sum-exp."""
@@ -80,11 +105,117 @@ class Case:
         )
         return *arrays, jax.random.normal(keys[4], (self.B, self.T, self.N))
 
-    def tiny(self) -> "Case":
-        """The same in sizes for a simulator."""
-        T = 300 if self.T % 1000 == 0 else 256
-        N = 2 if self.N > self.K else 1
-        return dataclasses.replace(self, T=T, B=1, N=N, K=1, H=64, reference_heads=None)
+    def ours(self, q: jax.Array, k: jax.Array, v: jax.Array, plan: BlockPlan):
+        """The kernels; output and log-sum-exp."""
+        plan = plan.cleared()
+        return attend_by_kernel(
+            q, k, v, entries(plan), tuple(plan.seen), query_block=plan.query_block,
+            key_block=plan.key_block, scale=self.H**-0.5, config=self.config,
+            interpret=self.simulated,
+        )  # fmt: skip
+
+    def forms(self) -> dict[str, Form]:
+        """Ours and its peers."""
+
+        def cudnn(q, k, v, plan):
+            del plan
+            peer = "xla" if self.simulated else "cudnn"
+            return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation=peer)
+
+        peers = {"cudnn_softmax": cudnn, "xla": reference}
+        return {"mosaic_gpu": self.ours} | {name: peers[name] for name in self.peers}
+
+    def floor(self, plan: BlockPlan, *, backward: bool) -> float:
+        """Seconds: the largest of matrix work, powers of two and traffic.
+
+        A score of a listed block, of those that a causal query sees, takes two products forward and
+        five back.
+        """
+        density = np.asarray(plan.density(), np.float64).mean()
+        scores = self.B * self.N * self.T * (self.T + 1) / 2 * min(density, 1)
+        products, powers, size = 2, 1, self.B * self.T * self.H * 2 * (2 * self.N + 2 * self.K)
+        if backward:
+            products, powers, size = 7, 2, 3 * size
+        return max(
+            scores * products * 2 * self.H / kernels.MATRIX_RATE,
+            scores * powers / kernels.TRANSCENDENTAL_RATE,
+            size / kernels.BANDWIDTH,
+        )
+
+    def errors(self, plan: BlockPlan) -> dict[str, float]:
+        """Relative RMS errors of all outputs and gradients."""
+        *arrays, g, g_lse = self.inputs(seed=time.time_ns() % 2**31)
+        run = jax.jit(with_gradients(self.ours)).lower(*arrays, plan, g, g_lse).compile()
+        kernels.poison()
+        heads = slice(self.reference_heads)
+        got = [np.asarray(x[:, :, heads], np.float64) for x in run(*arrays, plan, g, g_lse)]
+        plan = jax.tree.map(lambda x: x[:, heads] if x.shape[1] == self.N else x, plan)
+        with jax.enable_x64(True):
+            wide = [x[:, :, heads].astype(jnp.float64) for x in (*arrays, g, g_lse)]
+            want = jax.jit(with_gradients(reference))(*wide[:3], plan, *wide[3:])
+        return {
+            name: float(np.linalg.norm(a - b) / np.linalg.norm(b))
+            for name, a, b in zip(OUTPUTS, got, map(np.asarray, want), strict=True)
+        }
+
+    def times(self, form: Form, plan: BlockPlan, *, backward: bool) -> dict[str, Any]:
+        """Times of a form, as `kernels.times` gives them."""
+        *arrays, g, g_lse = self.inputs(seed=0)
+        arguments = [*arrays, plan]
+        if backward:
+            form, arguments = with_gradients(form), [*arguments, g, g_lse]
+        compiled = jax.jit(form).lower(*arguments).compile()
+        if not self.simulated:
+            return kernels.times(compiled, *arguments)
+        start = time.perf_counter()
+        jax.block_until_ready(compiled(*arguments))
+        milliseconds = 1e3 * (time.perf_counter() - start)
+        return {"kernels": [], "kernel_ms": milliseconds, "call_ms": milliseconds}
+
+    def measure(self) -> dict[str, Any]:
+        """One row of the record."""
+        plan = self.plan(self)
+        errors = self.errors(plan)
+        row: dict[str, Any] = {
+            "case": self.name, "errors": errors,
+            # A NaN is not below the tolerance either.
+            "passed": all(error <= TOLERANCE[self.dtype] for error in errors.values()),
+        }  # fmt: skip
+        for name, form in self.forms().items():
+            row[name] = {
+                which: self.times(form, plan, backward=back) for which, back in PASSES.items()
+            }
+        for which, ours in row["mosaic_gpu"].items():
+            ours["floor_ms"] = 1e3 * self.floor(plan, backward=PASSES[which])
+            ours["floor_share"] = ours["floor_ms"] / ours["kernel_ms"]
+        return row
+
+    def variant(self) -> dict[str, Any]:
+        """The milliseconds of each kernel with the case's launch parameters."""
+        times = self.times(self.ours, self.plan(self), backward=True)
+        changed = {
+            k: v for k, v in dataclasses.asdict(self.config or LaunchConfig()).items()
+            if v != getattr(LaunchConfig(), k)
+        }  # fmt: skip
+        return {"case": self.name, "changed": changed, **times}
+
+
+def reference(q: jax.Array, k: jax.Array, v: jax.Array, plan: BlockPlan):
+    """The op's XLA form; output and log-sum-exp."""
+    return block_sparse_attention(q, k, v, plan, return_lse=True, implementation="xla")
+
+
+def with_gradients(form: Form) -> Form:
+    """All outputs and gradients, as one function of q, k, v, the plan, and their gradients."""
+
+    def run(q, k, v, plan, g, g_lse):
+        out, pull = jax.vjp(lambda q, k, v: form(q, k, v, plan), q, k, v)
+        if not isinstance(out, tuple):
+            return out, *pull(g)
+        out, lse = out
+        return out, jnp.where(jnp.isneginf(lse), 0, lse), *pull((g, g_lse.astype(lse.dtype)))
+
+    return run
 
 
 def causal(case: Case) -> BlockPlan:
@@ -99,45 +230,37 @@ def window(case: Case) -> BlockPlan:
     ids = jnp.searchsorted(edges.astype(jnp.int32), index, side="right").astype(jnp.int32)
     ids = jnp.where(index < case.T - case.T // 50, ids, -1)
     ids = jnp.broadcast_to(ids, (case.B, case.T))
-    return sliding_window_plan(
-        case.T, case.T // 4, sinks=3, segment_ids=ids, query_block=128, key_block=256
-    )
+    return sliding_window_plan(case.T, case.T // 4, sinks=3, segment_ids=ids, key_block=256)
 
 
 def weighted(case: Case) -> BlockPlan:
     """Random lists, log-weights and rules of each head, some of them empty; small blocks."""
     seed = time.time_ns() % 2**31
-    return random_plan(
-        case.B, case.T, case.T, case.N, query_block=64, key_block=64, seed=seed
-    )
+    return random_plan(case.B, case.T, case.T, case.N, query_block=64, key_block=64, seed=seed)
 
 
-def sparse(case: Case) -> BlockPlan:
-    """A tenth of the blocks of each head at random, and its own."""
+def tenth(case: Case) -> BlockPlan:
+    """A tenth of the blocks at random, others for each head, and each block's own."""
     m = -(-case.T // 128)
     draw = np.random.default_rng(0).random((1, case.N, m, m)) < 0.1
     return block_mask_plan(jnp.asarray(draw | np.eye(m, dtype=bool)), case.T)
 
 
-SMALL_STEPS = LaunchConfig(width=64)
-CHECKS = [
-    Case("causal", causal, T=1024, N=4, K=4),
-    Case("window, sinks, documents, grouped, ragged", window, T=3000, B=2, N=8, K=2, H=64),
-    Case(
-        "random lists, weighted, ragged", weighted, T=1000, B=2, N=4, K=4, H=64,
-        dtype=jnp.float16, config=SMALL_STEPS,
+CASES = {
+    "long": Case("causal", causal, reference_heads=1, peers=("cudnn_softmax", "xla")),
+    "packed": Case("window, sinks, documents", window, B=2, T=3000, N=8, K=2, H=64),
+    "narrow": Case(
+        "random lists, weighted", weighted, B=2, T=1000, N=4, K=4, H=64, dtype=jnp.float16
     ),
-    Case("random lists, weighted, grouped", weighted, T=2048, N=4, K=2, config=SMALL_STEPS),
-    Case("causal", causal, T=32768, reference_heads=1),
-    Case("a tenth of the blocks", sparse, T=131072, reference_heads=1),
-]  # fmt: skip
-DENSE, SPARSE = Case("causal", causal, T=131072), Case("a tenth of the blocks", sparse, T=131072)
-LONG = Case("causal", causal, T=32768)
+    "grouped": Case("random lists, weighted", weighted, T=2048, N=4, K=2),
+    "sparse": Case("a tenth of the blocks", tenth, T=131072, reference_heads=1),
+    "dense": Case("causal", causal, T=131072, reference_heads=1),
+}
 VARIANTS = [
     LaunchConfig(),
     LaunchConfig(takes_turns=False),
     LaunchConfig(stages=3),
-    LaunchConfig(width=64, stages=2),
+    LaunchConfig(width=64),
     LaunchConfig(width=64, stages=4),
     LaunchConfig(query_gradient_stages=3, key_gradient_stages=3),
     LaunchConfig(query_gradient_stages=4, key_gradient_stages=4),
@@ -146,181 +269,82 @@ VARIANTS = [
 ]
 
 
-class Bench:
-    """Runs cases, on a GPU or as a rehearsal."""
+def summary(rows: dict[str, Any], variants: list[Any], failed: list[str]) -> list[str]:
+    """The short table: what was asked for, and what was reached."""
 
-    def __init__(self, *, rehearse: bool):
-        self.rehearse = rehearse
+    def ms(name: str, form: str, which: str) -> float:
+        return rows[name][form][which]["kernel_ms"] if name in rows else math.nan
 
-    def sized(self, case: Case) -> Case:
-        """The case, or what stands for it in a rehearsal."""
-        return case.tiny() if self.rehearse else case
-
-    def ours(self, case: Case) -> Callable:
-        """The kernels as a function of q, k, v and a plan; output and log-sum-exp."""
-
-        def run(q, k, v, plan):
-            plan = plan.cleared()
-            return attend_by_kernel(
-                q, k, v, entries(plan), tuple(plan.seen), query_block=plan.query_block,
-                key_block=plan.key_block, scale=case.H**-0.5, config=case.config,
-                interpret=self.rehearse,
-            )  # fmt: skip
-
-        return run
-
-    def cudnn(self, q: jax.Array, k: jax.Array, v: jax.Array, plan: BlockPlan) -> jax.Array:
-        """The peer on a causal plan."""
-        del plan
-        peer = "xla" if self.rehearse else "cudnn"
-        return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation=peer)
-
-    def check(self, case: Case) -> dict:
-        """Relative errors of every output."""
-        *arrays, g, g_lse = case.inputs(seed=time.time_ns() % 2**31)
-        plan = case.plan(case)
-        run = jax.jit(_with_gradients(self.ours(case))).lower(*arrays, plan, g, g_lse).compile()
-        kernels.poison()
-        heads = slice(case.reference_heads)
-        got = [np.asarray(x[:, :, heads], np.float64) for x in run(*arrays, plan, g, g_lse)]
-        plan = jax.tree.map(lambda x: x[:, heads] if x.shape[1] == case.N else x, plan)
-        reference = functools.partial(
-            block_sparse_attention, return_lse=True, implementation="xla"
-        )
-        with jax.enable_x64(True):
-            wide = [x[:, :, heads].astype(jnp.float64) for x in arrays]
-            gradients = [x[:, :, heads].astype(jnp.float64) for x in (g, g_lse)]
-            want = jax.jit(_with_gradients(reference))(*wide, plan, *gradients)
-        errors = {
-            name: float(np.linalg.norm(a - b) / np.linalg.norm(b))
-            for name, a, b in zip(OUTPUTS, got, map(np.asarray, want), strict=True)
-        }
-        # A NaN is not below the tolerance either.
-        passed = all(error <= TOLERANCE[case.dtype] for error in errors.values())
-        return {"errors": errors, "passed": passed}
-
-    def time(self, case: Case, form: Callable, *, backward: bool) -> dict:
-        """Times of a form of q, k, v and a plan."""
-        *arrays, g, g_lse = case.inputs(seed=0)
-        arguments = [*arrays, case.plan(case)]
-        if backward:
-            form, arguments = _with_gradients(form), [*arguments, g, g_lse]
-        compiled = jax.jit(form).lower(*arguments).compile()
-        if not self.rehearse:
-            return kernels.times(compiled, *arguments)
-        start = time.perf_counter()
-        jax.block_until_ready(compiled(*arguments))
-        return {"kernel_ms": 1e3 * (time.perf_counter() - start)}
-
-
-def _with_gradients(form: Callable) -> Callable:
-    """All outputs and gradients, as one function of q, k, v, the plan, g and the gradient of l."""
-
-    def run(q, k, v, plan, g, g_lse):
-        out, pull = jax.vjp(lambda q, k, v: form(q, k, v, plan), q, k, v)
-        if not isinstance(out, tuple):
-            return out, *pull(g)
-        empty = jnp.isneginf(out[1])
-        return out[0], jnp.where(empty, 0, out[1]), *pull((g, g_lse.astype(out[1].dtype)))
-
-    return run
-
-
-def rows(bench: Bench, only: str) -> Iterator[tuple[dict, Callable[[], dict]]]:
-    """What to run: a description, and what gives its figures."""
-
-    def timed(peers, case, name, form, backward):
-        about = {"kind": "time", "peers": peers, "form": name, "case": case.name, "T": case.T}
-        form = form or bench.ours(case)
-        about["pass"] = "f+b" if backward else "f"
-        return about, lambda: bench.time(case, form, backward=backward)
-
-    for case in map(bench.sized, CHECKS) if only in ("all", "checks") else ():
-        sizes = f"B={case.B} T={case.T} N={case.N} K={case.K} H={case.H} {np.dtype(case.dtype)}"
-        about = {"kind": "check", "case": case.name, "sizes": sizes}
-        yield about, functools.partial(bench.check, case)
-    long = bench.sized(LONG)
-    if only in ("all", "causal"):
-        for backward in (False, True):
-            yield timed("causal", long, "mosaic_gpu", None, backward)
-            yield timed("causal", long, "cudnn", bench.cudnn, backward)
-    if only in ("all", "sparse"):
-        for name, case in (("sparse", SPARSE), ("dense", DENSE)):
-            yield timed("sparse", bench.sized(case), name, None, False)
-    if only in ("all", "tuning"):
-        for config in VARIANTS:
-            case = dataclasses.replace(long, config=config)
-            changes = {
-                k: v for k, v in dataclasses.asdict(config).items()
-                if v != getattr(LaunchConfig(), k)
-            }  # fmt: skip
-            name = ", ".join(f"{k}={v}" for k, v in changes.items()) or "defaults"
-            yield timed("tuning", case, name, None, True)
-
-
-def summary(results: list[dict]) -> list[str]:
-    """The short table: what was asked for, what was reached."""
-
-    def ms(peers, form, which):
-        found = [
-            r["kernel_ms"] for r in results
-            if (r.get("peers"), r.get("form"), r.get("pass")) == (peers, form, which)
-            and "kernel_ms" in r
-        ]  # fmt: skip
-        return found[0] if found else math.nan
-
-    checks = [r for r in results if r["kind"] == "check"]
-    lines = [f"checks: {sum(bool(r.get('passed')) for r in checks)} of {len(checks)} passed"]
-    for which, goal in (("f", 0.95), ("f+b", 0.85)):
-        ours, peer = (ms("causal", form, which) for form in ("mosaic_gpu", "cudnn"))
+    lines = [
+        f"{row['case']}: {'right' if row['passed'] else 'WRONG'}, "
+        + " ".join(f"{k} {v:.1e}" for k, v in row["errors"].items())
+        for row in rows.values()
+    ]
+    for which, goal in (("forward", 0.95), ("forward_backward", 0.85)):
+        ours, cudnn = (ms("long", form, which) for form in ("mosaic_gpu", "cudnn_softmax"))
         lines.append(
-            f"causal 1x32768 {which}: {ours:.2f} ms, cudnn {peer:.2f} ms: "
-            f"{peer / ours:.2f}x its speed (to reach: {goal}x)"
+            f"causal, {which}: {ours:.2f} ms, cuDNN {cudnn:.2f} ms: {cudnn / ours:.2f}x its speed "
+            f"(to reach: {goal}x)"
         )
-    few, all_ = ms("sparse", "sparse", "f"), ms("sparse", "dense", "f")
+    few, all_blocks = (ms(name, "mosaic_gpu", "forward") for name in ("sparse", "dense"))
     lines.append(
-        f"a tenth of 1x131072 f: {few:.2f} ms, dense {all_:.2f} ms: "
-        f"{all_ / few:.2f}x faster (to reach: 8x)"
+        f"a tenth of the blocks, forward: {few:.2f} ms, all {all_blocks:.2f} ms: "
+        f"{all_blocks / few:.2f}x faster (to reach: 8x)"
     )
-    tuned = [r for r in results if r.get("peers") == "tuning" and "kernel_ms" in r]
-    for r in sorted(tuned, key=lambda r: r["kernel_ms"]):
+    for row in sorted(variants, key=lambda row: row["kernel_ms"]):
         longest = ", ".join(
-            f"{k['name'].removeprefix('block_sparse_attention_')[:15]} {k['ms']:.2f}"
-            for k in r.get("kernels", ())[:3]
+            f"{kernel['name'].removeprefix('block_sparse_attention_')[:15]} {kernel['ms']:.2f}"
+            for kernel in row["kernels"][:3]
         )
-        lines.append(f"{r['kernel_ms']:.2f} ms f+b with {r['form']} ({longest})")
-    return lines
+        lines.append(f"{row['kernel_ms']:.2f} ms with {row['changed'] or 'defaults'} {longest}")
+    return [*lines, f"failed: {failed or 'none'}"]
 
 
 def main() -> int:
-    """Runs all, or the asked part."""
+    """Measures every case, then every variant."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, help="JSON file, written anew after every case")
     parser.add_argument("--seconds", type=float, default=math.inf, help="start no case after that")
-    parser.add_argument("--only", default="all", choices=("all", "checks", "causal", "sparse", "tuning"))
+    parser.add_argument("--only", nargs="*", choices=(*CASES, "variants"), help="default: all")
     parser.add_argument("--rehearse", action="store_true", help="tiny sizes, on a CPU")
     arguments = parser.parse_args()
-    start, results, failed = time.perf_counter(), [], False
-    for about, run in rows(Bench(rehearse=arguments.rehearse), arguments.only):
+    only = arguments.only or (*CASES, "variants")
+    work = [(name, case, Case.measure) for name, case in CASES.items() if name in only]
+    if "variants" in only:
+        work += [
+            ("variant", dataclasses.replace(CASES["long"], config=config), Case.variant)
+            for config in VARIANTS
+        ]
+    start = time.perf_counter()
+    rows: dict[str, Any] = {}
+    variants: list[Any] = []
+    failed: list[str] = []
+    for name, case, measure in work:
         if time.perf_counter() - start > arguments.seconds:
-            break
+            failed.append(f"{name}: not started, out of time")
+            continue
         try:
-            figures = run()
+            row = measure(case.tiny() if arguments.rehearse else case)
         except Exception as error:  # the other cases still tell something
-            figures = {"error": f"{type(error).__name__}: {error}"[:400]}
-        failed |= "error" in figures or not figures.get("passed", True)
-        results.append(about | figures)
-        print(json.dumps({k: v for k, v in results[-1].items() if k != "kernels"}), flush=True)
+            failed.append(f"{name} {case.config or ''}: {type(error).__name__}: {error}"[:600])
+            print(failed[-1], flush=True)
+            continue
+        if measure is Case.measure:
+            rows[name] = row
+        else:
+            variants.append(row)
+        print(json.dumps({k: v for k, v in row.items() if k != "kernels"})[:600], flush=True)
         record = {
             "device": jax.devices()[0].device_kind, "jax": jax.__version__,
             "command": "python -m benchmarks.block_sparse_attention_kernel "
             + shlex.join(sys.argv[1:]),
-            "rows": results, "summary": summary(results),
+            "rows": list(rows.values()), "variants": variants,
+            "summary": summary(rows, variants, failed),
         }  # fmt: skip
         if arguments.out:
             arguments.out.write_text(json.dumps(record, indent=1) + "\n")
-    print("\n".join(summary(results)), flush=True)
-    return int(failed)
+    print("\n".join(summary(rows, variants, failed)), flush=True)
+    return int(bool(failed) or not all(row["passed"] for row in rows.values()))
 
 
 if __name__ == "__main__":

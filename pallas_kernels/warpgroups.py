@@ -71,8 +71,8 @@ class Turns:
 
     One's products are in flight while the other computes weights. Left alone, they fall into step,
     and the matrix unit waits for both. A step swaps when its scores are in flight and when its
-    weights are ready. That took a tenth off the forward kernel of softplus attention; the gradients'
-    kernels it made slower.
+    weights are ready. That took a tenth off softplus attention's forward kernel; those of its
+    gradients it made slower.
 
     Attributes:
       barrier: at which both arrive, or None where there is nothing to swap.

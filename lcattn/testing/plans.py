@@ -8,7 +8,14 @@ from lcattn.ops.visibility import Visibility
 
 
 def random_plan(
-    B: int, T: int, S: int, heads: int, *, query_block: int = 128, key_block: int = 128, seed: int = 1
+    B: int,
+    T: int,
+    S: int,
+    heads: int,
+    *,
+    query_block: int = 128,
+    key_block: int = 128,
+    seed: int = 1,
 ) -> BlockPlan:
     """Lists of random blocks with weights, some of them empty, under a random rule.
 

@@ -5,6 +5,12 @@ r"""Gradients, in two walks: queries stay for `d q`, keys stay for `d k` and `d 
     d q = sum d t k,    d k = sum d t q,    d v = sum p g
 
 with g the gradient of O and d l that of the log-sum-exp.
+
+Floor for a score of H = 128: 768 FLOP in the first walk, 1024 in the second. With 32768 tokens, 16
+heads and a causal plan, 8.6e9 scores, that is 8.2 and 11.0 ms at 800 TFLOP/s. One walk that adds up
+d q in memory would take 1280 FLOP in all, but the order of its sums would be left to chance. No GPU
+has run these kernels yet; compiled for sm_90a they spill nothing at the default widths. Two sums of
+64 x 128 fill half of the registers of the second.
 """
 
 import jax
@@ -67,20 +73,17 @@ def query_gradients(
 
             def body(step, _, total, *, is_partial):
                 weight = steps.weight(step)
-                if is_partial:
-                    hide = plan.hiding(
-                        rule, here, here.head, steps.token(step), width, rows="queries"
-                    )
+                hide = plan.hiding(
+                    rule, here, here.head, steps, step, rows="queries", is_partial=is_partial
+                )
                 keys.wait(step)
                 values.wait(step)
                 key, value = keys.tile(step), values.tile(step)
                 query, grad = here.own(tiles)
 
                 def probabilities(t):
-                    if is_partial:
-                        t = hide(t)
                     base = lse if weight is None else lse - weight
-                    return jnp.exp2(t * plan.factor - over_columns(base, width))
+                    return jnp.exp2(hide(t) * plan.factor - over_columns(base, width))
 
                 p, pull = plan.products.products(
                     (query, key.transpose((1, 0))), (grad, value.transpose((1, 0))), probabilities
@@ -117,9 +120,7 @@ def key_gradients(
     K, H = k.shape[2:]
     width, group = plan.config.key_gradient_width, q.shape[2] // K
 
-    def block_sparse_attention_key_gradients(
-        arrays, outs, *, here, tiles, barriers, rings, turns
-    ):
+    def block_sparse_attention_key_gradients(arrays, outs, *, here, tiles, barriers, rings, turns):
         q, g, numbers, k, v, phases, rule = arrays
         queries, grads, rows = rings
 
@@ -154,10 +155,9 @@ def key_gradients(
                 def body(step, slot, state, *, is_partial):
                     dk, dv = state
                     weight = steps.weight(step)
-                    if is_partial:
-                        hide = plan.hiding(
-                            rule, here, head, steps.token(step), width, rows="keys"
-                        )
+                    hide = plan.hiding(
+                        rule, here, head, steps, step, rows="keys", is_partial=is_partial
+                    )
                     for ring in rings:
                         ring.wait(slot)
                     query, grad = queries.tile(slot), grads.tile(slot)
@@ -167,10 +167,8 @@ def key_gradients(
                         return plgpu.load(rows.tile(slot).at[i], layout=ALONG_COLUMNS)
 
                     def probabilities(t):
-                        if is_partial:
-                            t = hide(t)
                         base = row(LSE) if weight is None else row(LSE) - weight
-                        return jnp.exp2(t * plan.factor - over_rows(base))
+                        return jnp.exp2(hide(t) * plan.factor - over_rows(base))
 
                     p, pull = plan.products.products(
                         (key, query.transpose((1, 0))), (value, grad.transpose((1, 0))),

@@ -4,6 +4,11 @@ r"""The walk of queries over their lists.
     O = sum 2^(t - m) v / sum 2^(t - m),    l = m + log2 sum 2^(t - m)
 
 with m the largest t so far: sums are scaled down when it grows.
+
+Floor for a score of H = 128: 512 FLOP of the matrix unit and one power of two. With 32768 tokens,
+16 heads and a causal plan, 8.6e9 scores, that is 5.5 ms at 800 TFLOP/s; powers alone, 4.2e12 a
+second, 2.0 ms. No GPU has run the kernel yet; compiled for sm_90a it takes at most 211 of the 240
+registers of a computing thread, spills nothing, and no product is serialised.
 """
 
 import jax
@@ -53,18 +58,14 @@ def attend(
             def body(step, _, state, *, is_partial):
                 mixed, total, highest = state
                 weight = steps.weight(step)
-                if is_partial:
-                    hide = plan.hiding(
-                        rule, here, here.head, steps.token(step), width, rows="queries"
-                    )
-                (query,), key = here.own(tiles), keys.tile(step)
-                t = plan.products.product(query, key.transpose((1, 0)), turns.swap)
-                keys.release(step)
-                if is_partial:
-                    t = hide(t)
-                before, highest = highest, jnp.maximum(
-                    highest, _plus(t.max(axis=1) * plan.factor, weight)
+                hide = plan.hiding(
+                    rule, here, here.head, steps, step, rows="queries", is_partial=is_partial
                 )
+                (query,), key = here.own(tiles), keys.tile(step)
+                t = hide(plan.products.product(query, key.transpose((1, 0)), turns.swap))
+                keys.release(step)
+                before, largest = highest, t.max(axis=1) * plan.factor
+                highest = jnp.maximum(before, _plus(largest, weight))
                 # Rows that have seen nothing yet stay at -inf; subtract 0 there.
                 base = jnp.where(highest == -jnp.inf, 0.0, highest) if is_partial else highest
                 kept = jnp.exp2(before - base)

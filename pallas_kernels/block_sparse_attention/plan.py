@@ -166,9 +166,17 @@ class Plan:
         return Steps(phases, at, *edges, block=block, width=width)
 
     def hiding(
-        self, rule: Rule, here: Here, head: Any, token: Any, width: int, *, rows: str
+        self,
+        rule: Rule,
+        here: Here,
+        head: Any,
+        steps: "Steps",
+        step: Any,
+        *,
+        rows: str,
+        is_partial: bool,
     ) -> Callable[[jax.Array], jax.Array]:
-        """A function of scores `[64, width]` that gives -inf where the rule hides a pair.
+        """A function of a step's scores that gives -inf where the rule hides a pair.
 
         What it needs is loaded here: best before the product that it waits for.
 
@@ -176,10 +184,14 @@ class Plan:
           rule: the rule, in global memory.
           here: the block that stays.
           head: the query head.
-          token: the first token of what streams.
-          width: tokens of that.
+          steps: its walk.
+          step: which of them.
           rows: what stays, "queries" or "keys".
+          is_partial: whether it hides any.
         """
+        if not is_partial:
+            return lambda t: t
+        token, width = steps.token(step), steps.width
 
         def numbers(array, stays):
             at = self.of(array, here.batch, head)

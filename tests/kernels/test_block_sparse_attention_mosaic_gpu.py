@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from lcattn.testing.plans import random_plan
 
 from lcattn.ops import block_sparse_attention, causal_plan, dispatch, sliding_window_plan
 from lcattn.ops.block_sparse_attention import kernel
 from lcattn.ops.block_sparse_attention.entries import entries
+from lcattn.testing.plans import random_plan
 from pallas_kernels.block_sparse_attention import mosaic_gpu, phases
 from pallas_kernels.block_sparse_attention.config import LaunchConfig, heuristic
 from pallas_kernels.block_sparse_attention.items import FULL, SKIPPED
@@ -158,7 +158,7 @@ def test_launch_parameters():
         LaunchConfig(stages=5)
     q = jnp.ones((1, 64, 1, 64), jnp.bfloat16)
     plan = causal_plan(64, key_block=64)
-    with pytest.raises(ValueError, match="config.width to divide blocks of 64, got 128"):
+    with pytest.raises(ValueError, match=r"config\.width to divide blocks of 64, got 128"):
         mosaic_gpu.block_sparse_attention(
             q, q, q, entries(plan), tuple(plan.seen),
             query_block=128, key_block=64, scale=1.0, config=LaunchConfig(),

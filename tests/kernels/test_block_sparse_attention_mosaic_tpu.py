@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from lcattn.testing.plans import random_plan
 
 from lcattn.ops import block_sparse_attention, sliding_window_plan
 from lcattn.ops.block_sparse_attention import tpu_kernel
+from lcattn.testing.plans import random_plan
 from pallas_kernels.block_sparse_attention import items, mosaic_tpu
 from pallas_kernels.block_sparse_attention.config import TpuLaunchConfig, tpu_heuristic
 
