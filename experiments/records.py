@@ -94,6 +94,7 @@ def kernels() -> str:
     parts = []
     for path in sorted(RECORDS.glob("*/*_kernel.json")):
         record = load(path)
+        softmax = ["cuDNN's softmax, ms"] if _SOFTMAX in record["rows"][0] else []
         rows = [
             (
                 row["case"],
@@ -101,14 +102,13 @@ def kernels() -> str:
                 ours["kernel_ms"],
                 ours["call_ms"],
                 f"{100 * ours['floor_share']:.0f} %",
-                row["xla"][kind]["kernel_ms"] if "xla" in row else "–",
-                *([row[_SOFTMAX][kind]["kernel_ms"]] if _SOFTMAX in row else []),
+                _milliseconds(row, "xla", kind),
+                *([_milliseconds(row, _SOFTMAX, kind)] if softmax else []),
                 max(row["errors"].values()),
             )
             for row in record["rows"]
             for kind, ours in row["mosaic_gpu"].items()
         ]
-        softmax = ["cuDNN's softmax, ms"] if _SOFTMAX in record["rows"][0] else []
         header = (
             "case (bfloat16)", "pass", "kernels, ms", "whole call, ms", "of the floor",
             "XLA's kernels, ms", *softmax, "largest error",
@@ -121,6 +121,10 @@ def kernels() -> str:
             "relative to float64: the largest of the output and all gradients."
         )
     return "\n\n".join([*parts, _compiled_for_tpus()])
+
+
+def _milliseconds(row: dict[str, Any], form: str, kind: str) -> float | str:
+    return row[form][kind]["kernel_ms"] if form in row else "–"
 
 
 def _compiled_for_tpus() -> str:

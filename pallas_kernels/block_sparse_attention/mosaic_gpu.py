@@ -60,7 +60,7 @@ def block_sparse_attention(
       ValueError: saying why these kernels do not serve the call.
     """
     (T, N), (S, _, H) = q.shape[1:3], v.shape[1:]
-    config = config or heuristic(query_block=query_block, key_block=key_block)
+    config = config or heuristic(key_block=key_block)
     reason = objection(
         dtype=q.dtype, F=q.shape[3], H=H, query_block=query_block, key_block=key_block
     )

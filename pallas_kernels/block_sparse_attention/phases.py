@@ -30,17 +30,18 @@ class Phases(NamedTuple):
 
 def by_queries(lists: Lists) -> Phases:
     """Blocks of queries stay."""
-    m = lists.blocks.shape[2]
-    own = jnp.arange(m, dtype=jnp.int32)[:, None]
-    return _phases(jnp.broadcast_to(own, lists.blocks.shape), lists.blocks, lists, m)
+    return _phases(_readers(lists), lists.blocks, lists, lists.blocks.shape[2])
 
 
 def by_keys(lists: Lists) -> Phases:
     """Blocks of keys stay."""
-    m = lists.blocks.shape[2]
-    own = jnp.arange(m, dtype=jnp.int32)[:, None]
-    n = lists.start.shape[-1] - 1
-    return _phases(lists.blocks, jnp.broadcast_to(own, lists.blocks.shape), lists, n)
+    return _phases(lists.blocks, _readers(lists), lists, lists.start.shape[-1] - 1)
+
+
+def _readers(lists: Lists) -> jax.Array:
+    """The block of queries of each entry."""
+    own = jnp.arange(lists.blocks.shape[2], dtype=jnp.int32)[:, None]
+    return jnp.broadcast_to(own, lists.blocks.shape)
 
 
 def _phases(stay: jax.Array, stream: jax.Array, lists: Lists, count: int) -> Phases:

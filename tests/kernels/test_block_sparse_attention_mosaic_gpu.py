@@ -153,7 +153,7 @@ def test_they_need_a_hopper_gpu_and_are_never_chosen_unasked(on_hopper, monkeypa
 
 
 def test_launch_parameters():
-    assert heuristic(query_block=128, key_block=64).width == 64
+    assert heuristic(key_block=64).width == 64
     with pytest.raises(ValueError, match=r"LaunchConfig.stages: expected one of \(2, 3, 4\)"):
         LaunchConfig(stages=5)
     q = jnp.ones((1, 64, 1, 64), jnp.bfloat16)
