@@ -265,7 +265,6 @@ VARIANTS = [
     LaunchConfig(query_gradient_stages=3, key_gradient_stages=3),
     LaunchConfig(query_gradient_stages=4, key_gradient_stages=4),
     LaunchConfig(query_gradient_width=128),
-    LaunchConfig(key_gradient_width=128),
 ]
 
 

@@ -102,14 +102,18 @@ class Products:
         self,
         first: tuple[jax.Array, Operand, Operand],
         second: tuple[jax.Array, Operand, Operand],
+        meanwhile: Callable[[], None] = lambda: None,
     ) -> tuple[jax.Array, jax.Array]:
-        """Two sums `total + a b`, in flight at once."""
+        """Two sums `total + a b`, in flight at once; `meanwhile` is called while they are."""
         if self.interpret:
-            return self.accumulate(*first), self.accumulate(*second)
+            results = self.accumulate(*first), self.accumulate(*second)
+            meanwhile()
+            return results
 
         def issue(accs):
             plgpu.wgmma(accs[0], *first[1:])
             plgpu.wgmma(accs[1], *second[1:])
+            meanwhile()
             plgpu.wgmma_wait(0)
 
         totals = (plgpu.ACC.init(first[0]), plgpu.ACC.init(second[0]))

@@ -176,9 +176,10 @@ def key_gradients(
                     )  # fmt: skip
                     d = p * (pull - over_rows(row(MEAN)))
                     dk, dv = plan.products.accumulate_both(
-                        (dk, d.astype(q.dtype), query), (dv, p.astype(g.dtype), grad)
-                    )
-                    plgpu.commit_smem()  # numbers were loaded before copies overwrite them
+                        (dk, d.astype(q.dtype), query), (dv, p.astype(g.dtype), grad),
+                        # Numbers were loaded before a copy overwrites them.
+                        meanwhile=plgpu.commit_smem,
+                    )  # fmt: skip
                     for ring in rings:
                         ring.release(slot)
                     return dk, dv
