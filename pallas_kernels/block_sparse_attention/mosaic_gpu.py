@@ -51,7 +51,9 @@ def block_sparse_attention(
         warpgroups.
       scale: factor of scores.
       config: launch parameters; default: by sizes of blocks.
-      interpret: whether to run in the CPU simulator.
+      interpret: whether to run in the CPU simulator. It takes a thread of XLA for each of three
+        warpgroups and waits for ever where there are fewer: with two cores, say
+        `XLA_FLAGS=--xla_force_host_platform_device_count=8`.
 
     Returns:
       The output `[B,T,N,H]` in the dtype of q, and the log-sum-exp `[B,T,N]` in float32.
