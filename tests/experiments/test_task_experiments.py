@@ -9,7 +9,7 @@ from experiments import cli, forgetting, languages, length_generalization, repor
 
 MODEL = """
 LMConfig:
-  vocab_size = 26
+  vocab_size = 24
   width = 8
   num_layers = 1
   pattern = ("mixer",)
@@ -43,6 +43,7 @@ AutomataConfig:
 """
 
 LENGTHS = """
+LMConfig.vocab_size = 26
 length_generalization.tasks = {"sort": @AlgorithmicConfig(), "hint": @hint/AlgorithmicConfig()}
 length_generalization.models = {"NoPE": @LMConfig()}
 length_generalization.only = {"hint": ()}
@@ -70,7 +71,7 @@ RolesConfig.num_words = 20
 
 
 def run(script, config, tmp_path):
-    (tmp_path / "tiny.gin").write_text(config + MODEL)
+    (tmp_path / "tiny.gin").write_text(MODEL + config)
     argv = [f"--gin_file={tmp_path / 'tiny.gin'}", f"--run_dir={tmp_path / 'run'}"]
     assert cli.main(script, argv) == 0
     results = json.loads((tmp_path / "run/results.json").read_text())
@@ -132,7 +133,7 @@ def test_mistakes_are_one_line(tmp_path, capsys):
         (length_generalization.length_generalization, LENGTHS,
          "length_generalization.only={'none': ('NoPE',)}", "only: expected names of tasks"),
     ):  # fmt: skip
-        (tmp_path / "tiny.gin").write_text(config + MODEL + binding + "\n")
+        (tmp_path / "tiny.gin").write_text(MODEL + config + binding + "\n")
         argv = [f"--gin_file={tmp_path / 'tiny.gin'}", f"--run_dir={tmp_path / 'run'}"]
         assert cli.main(script, argv) == 2
         assert message in capsys.readouterr().err
