@@ -320,7 +320,7 @@ def main() -> int:
     failed: list[str] = []
     for name, case, measure in work:
         if time.perf_counter() - start > arguments.seconds:
-            failed.append(f"{name}: not started, out of time")
+            failed.append(f"{name} {case.config or ''}: not started, out of time")
             continue
         try:
             row = measure(case.tiny() if arguments.rehearse else case)
