@@ -1,0 +1,166 @@
+"""All levels as one plan of blocks, for the kernels of `block_sparse_attention`.
+
+The queries of the plan are the chunks, level after level, its keys the sorted blocks and behind
+them the samples. A chunk lists its block, and the samples of its group with the log of how many
+keys each stands for.
+
+A sample from the block that a query reads must not count again. Samples are in the order of the
+blocks they are from, and lie there twice: seen from earlier blocks, and from later ones::
+
+    position: number of the block      samples of blocks 0 0 1 2    of blocks 0 0 1 2
+    that a query reads         0                         . . x x              . . . .
+                               1                         . . . x              x x . .
+                               2                         . . . .              x x x .
+
+Query heads that share a key head share its blocks, and have samples of their own.
+"""
+
+import math
+from typing import NamedTuple
+
+import jax.numpy as jnp
+
+from lcattn.ops.block_sparse_attention import BlockPlan, block_sparse_attention
+from lcattn.ops.block_sparse_attention.plan import BLOCK
+from lcattn.ops.block_sparse_attention.tiles import whole_blocks
+from lcattn.ops.block_sparse_attention.visible import default_block
+from lcattn.ops.checks import accumulation_dtype
+from lcattn.ops.hyper_attention.plan import Options, Plan
+from lcattn.ops.hyper_attention.rearranged import rearrange, take
+from lcattn.ops.visibility import HIDDEN, NEVER, Visibility
+from lcattn.typing import Array, Float, Int
+
+
+def attend(
+    q: Float[Array, "B T N F"],
+    k: Float[Array, "B S K F"],
+    v: Float[Array, "B S K H"],
+    plan: Plan,
+    options: Options,
+) -> tuple[Float[Array, "B L T N H"], Float[Array, "B L T N"]]:
+    """Outputs and log-sum-exps of each level; 0 and -inf for a query that has no group there.
+
+    The arrays of `plan` have axes `[B,K,N/K,...]`.
+    """
+    (B, T, N, _), K, L = q.shape, k.shape[2], plan.place.shape[-2]
+    samples = _Samples.of(plan, options)
+
+    def heads(x: Array, *shape: int) -> Array:
+        return x.reshape(B, N, *shape)
+
+    def key_heads(x: Array) -> Array:
+        """Blocks, which are alike for the query heads of a group."""
+        return x[:, :, 0].reshape(B, K, -1)
+
+    def lay_out(x: Array) -> Array:
+        blocks = rearrange(x, key_heads(plan.keys), plan.key_place[:, :, 0])
+        # A key may be sampled often: its gradients are summed in float32.
+        sampled = take(x.astype(accumulation_dtype(x.dtype)), samples.tokens.reshape(B, K, -1)).astype(x.dtype)
+        return jnp.concatenate([blocks, sampled], axis=1)
+
+    place, readers = heads(plan.place, L, T), heads(plan.readers, -1)
+    out, lse = block_sparse_attention(
+        rearrange(q, heads(plan.queries(), -1), place), lay_out(k), lay_out(v),
+        block_plan(plan, samples, options, accumulation_dtype(q.dtype)), scale=options.scale, return_lse=True,
+    )  # fmt: skip
+
+    def by_level(x: Array) -> Array:
+        x = rearrange(x, place.reshape(B, N, -1), readers[:, :, None])
+        return x.reshape(B, L, T, *x.shape[2:])
+
+    is_placed = jnp.moveaxis(place < readers.shape[-1], 1, -1)
+    return by_level(out), jnp.where(is_placed, by_level(lse[..., None])[..., 0], -jnp.inf)
+
+
+class _Samples(NamedTuple):
+    """The sampled keys of each group in blocks, e of them a group.
+
+    Attributes:
+      tokens: that were drawn; S where a block is filled up. Copy 0 is for earlier blocks of keys,
+        copy 1 for later ones.
+      begin, end: the first block whose readers see them, and the one after the last.
+      first, last: the first and last block of keys that those of a block are from.
+    """
+
+    tokens: Int[Array, "B K G 2 P e s"]
+    begin: Int[Array, "B K G 2 P e s"]
+    end: Int[Array, "B K G 2 P e s"]
+    first: Int[Array, "B K G P e"]
+    last: Int[Array, "B K G P e"]
+
+    @classmethod
+    def of(cls, plan: Plan, options: Options) -> "_Samples":
+        keys = plan.keys.reshape(*plan.keys.shape[:3], 1, -1)
+        places = jnp.sort(plan.samples, axis=-1)
+        tokens = jnp.take_along_axis(keys, places, axis=-1)
+        block = places // options.block_size
+        size = key_block(options)
+        tokens = whole_blocks(tokens, size, constant_values=plan.key_place.shape[-1])
+        first = whole_blocks(block, size)[..., 0]
+        last = whole_blocks(block, size, constant_values=-1).max(axis=-1)
+        # What fills a block up begins where it ends.
+        begin = whole_blocks(block + 1, size, constant_values=NEVER)
+        end = whole_blocks(block, size)
+        return cls(
+            jnp.stack([tokens, tokens], axis=3),
+            jnp.stack([jnp.zeros_like(begin), begin], axis=3),
+            jnp.stack([end, jnp.full_like(end, NEVER)], axis=3),
+            first,
+            last,
+        )
+
+
+def key_block(options: Options) -> int:
+    """Keys of a block of the plan: those of a block of alike keys, or a part that suits kernels."""
+    b = options.block_size
+    return math.gcd(b, default_block()) if b % BLOCK == 0 else b
+
+
+def block_plan(plan: Plan, samples: _Samples, options: Options, dtype: jnp.dtype) -> BlockPlan:
+    """What every chunk reads, with log-weights of `dtype`."""
+    B, K, G, n, b = plan.keys.shape
+    C, c = plan.readers.shape[-2:]
+    S, size = plan.key_place.shape[-1], key_block(options)
+    P, e = samples.first.shape[-2:]
+    own = b // size  # blocks of the plan to a block of alike keys
+
+    def of_group(x: Array) -> Array:
+        return jnp.take_along_axis(x, plan.group[..., None], axis=3)
+
+    position = plan.block[..., None]
+    blocks = position * own + jnp.arange(own, dtype=jnp.int32)
+    starts = plan.keys.reshape(B, K, G, n * own, size)[..., 0]
+    has_keys = jnp.take_along_axis(starts, blocks.reshape(B, K, G, -1), axis=3) < S
+    member = jnp.arange(G, dtype=jnp.int32)[:, None, None]
+    sampled = n * own + (2 * member * P + plan.group[..., None]) * e + jnp.arange(e)
+    ids = [blocks, sampled, sampled + P * e]
+    is_read = [
+        has_keys.reshape(blocks.shape),
+        of_group(samples.last) > position,
+        of_group(samples.first) < position,
+    ]
+    none = n * own + 2 * G * P * e
+    ids = jnp.where(jnp.concatenate(is_read, axis=-1), jnp.concatenate(ids, axis=-1), none)
+    # Samples of the block itself are in one stretch; at most one block is read from both copies.
+    ids = jnp.sort(ids, axis=-1)[..., : own + e + 1].astype(jnp.int32)
+    times = of_group(plan.num_keys[..., None]).astype(dtype) / options.sample_size
+    is_used = plan.readers[..., 0] < plan.place.shape[-2] * plan.place.shape[-1]
+
+    def heads(x: Array) -> Array:
+        return x.reshape(B, K * G, *x.shape[3:])
+
+    key_exists = plan.keys[:, :, 0].reshape(B, K, -1) < S
+    begin, end = (x.reshape(B, K, -1) for x in (samples.begin, samples.end))
+    seen = Visibility(
+        jnp.repeat(heads(jnp.where(is_used, plan.block, HIDDEN)), c, axis=-1),
+        jnp.concatenate([jnp.zeros_like(key_exists, jnp.int32), begin], axis=-1),
+        jnp.concatenate([jnp.where(key_exists, NEVER, 0), end], axis=-1),
+    )
+    return BlockPlan(
+        blocks=heads(jnp.where(ids < none, ids, 0)),
+        count=heads(jnp.where(is_used, jnp.sum(ids < none, axis=-1, dtype=jnp.int32), 0)),
+        seen=seen,
+        log_weight=heads(jnp.where(ids < n * own, 0, jnp.log(times))),
+        query_block=c,
+        key_block=size,
+    )
