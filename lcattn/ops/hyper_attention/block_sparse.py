@@ -1,16 +1,16 @@
 """All levels as one plan of blocks, for the kernels of `block_sparse_attention`.
 
-The queries of the plan are the chunks, level after level, its keys the sorted blocks and behind
-them the samples. A chunk lists its block, and the samples of its group with the log of how many
-keys each stands for.
+The queries of the plan are the chunks, level after level; its keys are the sorted blocks and,
+behind them, the samples. A chunk lists its block, and the samples of its group with the log of how
+many keys each of them stands for.
 
-A sample from the block that a query reads must not count again. Samples are in the order of the
-blocks they are from, and lie there twice: seen from earlier blocks, and from later ones::
+A sample from the block that a query reads must not count again. So samples are in the order of the
+blocks that they are from, and lie there twice: for queries of earlier blocks, and of later ones::
 
-    position: number of the block      samples of blocks 0 0 1 2    of blocks 0 0 1 2
-    that a query reads         0                         . . x x              . . . .
-                               1                         . . . x              x x . .
-                               2                         . . . .              x x x .
+    samples from block   0 0 1 2   0 0 1 2
+    query of block 0     . . x x   . . . .
+    query of block 1     . . . x   x x . .
+    query of block 2     . . . .   x x x .
 
 Query heads that share a key head share its blocks, and have samples of their own.
 """
@@ -43,7 +43,7 @@ def attend(
     The arrays of `plan` have axes `[B,K,N/K,...]`.
     """
     (B, T, N, _), K, L = q.shape, k.shape[2], plan.place.shape[-2]
-    samples = _Samples.of(plan, options)
+    samples, dtype = _Samples.of(plan, options), accumulation_dtype(q.dtype)
 
     def heads(x: Array, *shape: int) -> Array:
         return x.reshape(B, N, *shape)
@@ -54,14 +54,14 @@ def attend(
 
     def lay_out(x: Array) -> Array:
         blocks = rearrange(x, key_heads(plan.keys), plan.key_place[:, :, 0])
-        # A key may be sampled often: its gradients are summed in float32.
-        sampled = take(x.astype(accumulation_dtype(x.dtype)), samples.tokens.reshape(B, K, -1)).astype(x.dtype)
-        return jnp.concatenate([blocks, sampled], axis=1)
+        # A key may be sampled often: its gradients are summed in `dtype`.
+        sampled = take(x.astype(dtype), samples.tokens.reshape(B, K, -1))
+        return jnp.concatenate([blocks, sampled.astype(x.dtype)], axis=1)
 
     place, readers = heads(plan.place, L, T), heads(plan.readers, -1)
     out, lse = block_sparse_attention(
         rearrange(q, heads(plan.queries(), -1), place), lay_out(k), lay_out(v),
-        block_plan(plan, samples, options, accumulation_dtype(q.dtype)), scale=options.scale, return_lse=True,
+        block_plan(plan, samples, options, dtype), scale=options.scale, return_lse=True,
     )  # fmt: skip
 
     def by_level(x: Array) -> Array:
@@ -119,7 +119,7 @@ def key_block(options: Options) -> int:
 def block_plan(plan: Plan, samples: _Samples, options: Options, dtype: jnp.dtype) -> BlockPlan:
     """What every chunk reads, with log-weights of `dtype`."""
     B, K, G, n, b = plan.keys.shape
-    C, c = plan.readers.shape[-2:]
+    c = plan.readers.shape[-1]
     S, size = plan.key_place.shape[-1], key_block(options)
     P, e = samples.first.shape[-2:]
     own = b // size  # blocks of the plan to a block of alike keys

@@ -63,12 +63,12 @@ class Plan(NamedTuple):
     samples: Int[Array, "P m"]
     num_keys: Int[Array, "P"]
 
-    def queries(self) -> Int[Array, "C c"]:
+    def queries(self) -> Int[Array, "*heads C c"]:
         """Tokens of each chunk of queries; T where it is empty."""
         L, T = self.place.shape[-2:]
         return jnp.where(self.readers < L * T, self.readers % T, T)
 
-    def key_exists(self, num_keys: int) -> Bool[Array, "n b"]:
+    def key_exists(self, num_keys: int) -> Bool[Array, "*heads n b"]:
         """Which places of the blocks hold a key."""
         return self.keys < num_keys
 
