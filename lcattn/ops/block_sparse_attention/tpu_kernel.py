@@ -70,11 +70,11 @@ def _in_turns(run: _Attend, turns: int, *, axis: int) -> _Attend:
         own = [cut(x, axis) if x.shape[axis] > 1 else None for x in leaves]
 
         def turn(part):
-            arrays, own = part
+            q, k, v, own = part
             mine = (x if new is None else new for x, new in zip(leaves, own, strict=True))
-            return run(*arrays, structure.unflatten(mine), scale)
+            return run(q, k, v, structure.unflatten(mine), scale)
 
-        results = lax.map(turn, (tuple(cut(x, place) for x in (q, k, v)), own))
+        results = lax.map(turn, (*(cut(x, place) for x in (q, k, v)), own))
         out, lse = (jnp.moveaxis(x, 0, place) for x in results)
         return out.reshape(*q.shape[:3], -1), lse.reshape(q.shape[:3])
 

@@ -44,4 +44,5 @@ def attend(
         window=window,
         sinks=sinks,
     )
-    return block_sparse_attention(q, k, v, plan, scale=scale, return_lse=True)
+    out, lse = block_sparse_attention(q, k, v, plan, scale=scale, return_lse=True)
+    return out, lse

@@ -124,26 +124,27 @@ def block_plan(plan: Plan, samples: _Samples, options: Options, dtype: jnp.dtype
     P, e = samples.first.shape[-2:]
     own = b // size  # blocks of the plan to a block of alike keys
 
-    def of_group(x: Array) -> Array:
-        return jnp.take_along_axis(x, plan.group[..., None], axis=3)
+    def of_chunk(x: Array, index: Array) -> Array:
+        return jnp.take_along_axis(x, index.reshape(*index.shape, *(1,) * (x.ndim - 4)), axis=3)
 
     position = plan.block[..., None]
-    blocks = position * own + jnp.arange(own, dtype=jnp.int32)
-    starts = plan.keys.reshape(B, K, G, n * own, size)[..., 0]
-    has_keys = jnp.take_along_axis(starts, blocks.reshape(B, K, G, -1), axis=3) < S
+    has_keys = plan.keys.reshape(B, K, G, n, own, size)[..., 0] < S
+    num_own = of_chunk(jnp.sum(has_keys, axis=-1, dtype=jnp.int32), plan.block)[..., None]
+    # Of the first copy the last blocks are read, of the second the first ones. At most one block
+    # of samples is read from both, since those of the query's own block are in one stretch.
+    unread, read = (
+        jnp.sum(of_chunk(x, plan.group) < edge, axis=-1, dtype=jnp.int32, keepdims=True)
+        for x, edge in ((samples.last, position + 1), (samples.first, position))
+    )
+    nth = jnp.arange(own + e + 1, dtype=jnp.int32)
+    nth_sampled = nth - num_own
     member = jnp.arange(G, dtype=jnp.int32)[:, None, None]
-    sampled = n * own + (2 * member * P + plan.group[..., None]) * e + jnp.arange(e)
-    ids = [blocks, sampled, sampled + P * e]
-    is_read = [
-        has_keys.reshape(blocks.shape),
-        of_group(samples.last) > position,
-        of_group(samples.first) < position,
-    ]
-    none = n * own + 2 * G * P * e
-    ids = jnp.where(jnp.concatenate(is_read, axis=-1), jnp.concatenate(ids, axis=-1), none)
-    # Samples of the block itself are in one stretch; at most one block is read from both copies.
-    ids = jnp.sort(ids, axis=-1)[..., : own + e + 1].astype(jnp.int32)
-    times = of_group(plan.num_keys[..., None]).astype(dtype) / options.sample_size
+    copy = n * own + (2 * member * P + plan.group[..., None]) * e
+    sampled = nth_sampled + unread + jnp.where(nth_sampled < e - unread, copy, copy + (P - 1) * e)
+    is_own = nth_sampled < 0
+    count = (num_own + e - unread + read)[..., 0]
+    times = of_chunk(plan.num_keys, plan.group).astype(dtype) / options.sample_size
+    log_weight = jnp.where(is_own, 0, jnp.log(times)[..., None])
     is_used = plan.readers[..., 0] < plan.place.shape[-2] * plan.place.shape[-1]
 
     def heads(x: Array) -> Array:
@@ -157,10 +158,10 @@ def block_plan(plan: Plan, samples: _Samples, options: Options, dtype: jnp.dtype
         jnp.concatenate([jnp.where(key_exists, NEVER, 0), end], axis=-1),
     )
     return BlockPlan(
-        blocks=heads(jnp.where(ids < none, ids, 0)),
-        count=heads(jnp.where(is_used, jnp.sum(ids < none, axis=-1, dtype=jnp.int32), 0)),
+        blocks=heads(jnp.where(is_own, position * own + nth, sampled)),
+        count=heads(jnp.where(is_used, count, 0)),
         seen=seen,
-        log_weight=heads(jnp.where(ids < n * own, 0, jnp.log(times))),
+        log_weight=heads(log_weight),
         query_block=c,
         key_block=size,
     )
