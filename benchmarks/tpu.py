@@ -77,6 +77,8 @@ class Case:
       in_tests: whether the tests compile it too. Others take longer, though their kernels differ
         in the length of the walk only.
       plan: name of the plan of blocks that it is given, one of `PLANS`.
+      kernels: the op whose kernels it runs, by a plan of its own; None: it has kernels itself.
+      seeded: whether it is given a key.
     """
 
     op: str
@@ -91,6 +93,13 @@ class Case:
     sharded: bool = False
     in_tests: bool = False
     plan: str | None = None
+    kernels: str | None = None
+    seeded: bool = False
+
+    @property
+    def kernel_op(self) -> str:
+        """The op whose kernels it runs, and whose record it is in."""
+        return self.kernels or self.op
 
     @property
     def name(self) -> str:
@@ -98,7 +107,8 @@ class Case:
         options = " ".join(f"{name}={value}" for name, value in self.options.items())
         sizes = " ".join(f"{name}={getattr(self, name)}" for name in "BTNKFH")
         how = "".join(f" {word}" for word in ("packed", "sharded") if getattr(self, word))
-        return f"{self.plan or ''}{options}{how} {sizes}".strip()
+        what = self.op if self.kernels else self.plan
+        return " ".join(filter(None, [what, options])) + f"{how} {sizes}"
 
     def arrays(self) -> tuple[jax.ShapeDtypeStruct, ...]:
         """q, k, v, and the output's gradient."""
@@ -107,7 +117,10 @@ class Case:
 
     def gradients(self, q: jax.Array, k: jax.Array, v: jax.Array, g: jax.Array):
         """The output and the gradients of q, k and v."""
-        options = {**self.options, "implementation": "mosaic_tpu"}
+        implementation = "block_sparse" if self.kernels else "mosaic_tpu"
+        options = {**self.options, "implementation": implementation}
+        if self.seeded:
+            options["rng"] = jax.random.key(0)
         if self.packed:
             options["segment_ids"] = jnp.zeros(q.shape[:2], jnp.int32)
         if self.plan is not None:
@@ -136,11 +149,14 @@ _IDENTITY = functools.partial(Case, op="linear_attention", options={"feature_map
 _BLOCKS = functools.partial(Case, op="block_sparse_attention", options={})
 _LSSA = functools.partial(Case, op="softplus_attention", options={"power": None})
 _LSSAR = functools.partial(Case, op="softplus_attention", options={"power": 15.0})
+_BY_PLAN = functools.partial(Case, T=131072, kernels="block_sparse_attention")
 CASES = [
     _BLOCKS(plan="causal", F=128, H=128),
     _BLOCKS(plan="window of 4096, 4 sinks", T=16000, K=4, F=64, H=64),
     _BLOCKS(plan="a tenth of the blocks", T=131072, K=4, F=128, H=128),
     _BLOCKS(plan="window of 4096, 4 sinks", B=2, T=1000, N=8, K=2, F=64, H=128, in_tests=True),
+    _BY_PLAN(op="hyper_attention", F=64, H=64, options={}, seeded=True),
+    _BY_PLAN(op="core_context_attention", F=128, H=128, options={"group_size": 16, "window": 1024}),
     _TAYLOR(F=16, H=64, in_tests=True),
     _TAYLOR(B=4, T=1000, N=8, K=2, F=16, H=128, packed=True, sharded=True, in_tests=True),
     _TAYLOR(F=32, H=64),
@@ -199,7 +215,7 @@ def version(library: str) -> str:
 def main(arguments: list[str]) -> None:
     """Compiles an op's shapes, and writes or prints the record."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("op", choices=sorted({case.op for case in CASES}))
+    parser.add_argument("op", choices=sorted({case.kernel_op for case in CASES}))
     parser.add_argument("--in_tests", action="store_true", help="only what the tests compile")
     parser.add_argument("--out", type=Path, help="folder of the records; default: print")
     options = parser.parse_args(arguments)
@@ -207,7 +223,7 @@ def main(arguments: list[str]) -> None:
     if path is None:
         parser.error("libtpu is not installed; `make test` installs it")
     prepare(path)
-    cases = [case for case in CASES if case.op == options.op]
+    cases = [case for case in CASES if case.kernel_op == options.op]
     if options.in_tests:
         cases = [case for case in cases if case.in_tests]
     text = json.dumps(

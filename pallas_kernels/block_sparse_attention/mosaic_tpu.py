@@ -26,8 +26,8 @@ from pallas_kernels.tpu import DTYPES, LANES, SUBLANES, feature_major, token_maj
 
 _NEVER = jnp.iinfo(jnp.int32).max
 
-# Of the megabyte of scalar memory; items and log-weights are of four bytes.
-_MOST_ITEMS = 200_000
+MOST_ITEMS = 200_000
+"""Items and log-weights of a call, of four bytes each: most of the megabyte of scalar memory."""
 
 
 def block_sparse_attention(
@@ -133,8 +133,8 @@ def objection(
         return f"take up to 2048 queries a block, not {members} heads of {query_block}"
     if blocks > MOST_BLOCKS:
         return f"take up to {MOST_BLOCKS} blocks of queries or keys, not {blocks}"
-    if items * (1 + weighted) > _MOST_ITEMS:
-        return f"take lists of up to {_MOST_ITEMS // (1 + weighted)} blocks in all, not {items}"
+    if items * (1 + weighted) > MOST_ITEMS:
+        return f"take lists of up to {MOST_ITEMS // (1 + weighted)} blocks in all, not {items}"
     return None
 
 

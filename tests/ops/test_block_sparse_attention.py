@@ -10,8 +10,10 @@ import pytest
 from compiled import ops
 
 import lcattn.ops
+from lcattn.ops.block_sparse_attention import blockwise, tpu_kernel
 from lcattn.ops.merging import merge
 from lcattn.ops.visibility import NEVER, Visibility
+from pallas_kernels.block_sparse_attention import mosaic_tpu
 from pallas_kernels.block_sparse_attention.items import FULL, SKIPPED
 
 B, T, S, N, K, H = 2, 21, 26, 4, 2, 4
@@ -363,3 +365,28 @@ def test_a_plan_of_another_length_is_refused(no_type_hook):
 def test_bad_arguments_of_builders(build, message):
     with pytest.raises(ValueError, match=message):
         build()
+
+
+def test_a_tpu_takes_long_lists_in_turns(monkeypatch):
+    """Rows one after another, then heads of keys, until the items of a turn fit."""
+    plan, (q, k, v) = _random_plan(N), _draw()
+    items = M * BLOCKS + BLOCKS  # of a head; each has a weight besides
+
+    def turns(heads_that_fit):
+        monkeypatch.setattr(mosaic_tpu, "MOST_ITEMS", 2 * items * heads_that_fit)
+        return tpu_kernel._Turns.of(plan, K)
+
+    assert turns(B * N) == (1, 1, B * N * items)
+    assert turns(N) == (B, 1, N * items)
+    assert turns(N - 1) == (B, K, N // K * items)
+    assert turns(0) == (B, K, N // K * items)  # which is then objected to
+
+    def at_once(q, k, v, plan, scale):
+        return blockwise.attend(q, k, v, plan, scale=scale)
+
+    in_turns = tpu_kernel._in_turns(tpu_kernel._in_turns(at_once, K, axis=1), B, axis=0)
+    whole, parts = jax.jit(lambda *x: (at_once(*x, 0.5), in_turns(*x, 0.5)))(
+        q, k, v, plan.cleared()
+    )
+    for x, y in zip(whole, parts, strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-12)

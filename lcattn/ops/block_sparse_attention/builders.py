@@ -69,9 +69,9 @@ def sliding_window_plan(
         for size in windows
     ]
     seen = Visibility(*(jnp.concatenate(x, axis=1) for x in zip(*rules, strict=True)))
-    # As many blocks as a stretch of so many keys may touch.
-    most = _touched(max(windows) + query_block - 1, key_block) + _touched(sinks, key_block)
-    return plan_of_rule(seen, query_block=query_block, key_block=key_block, most=most)
+    return plan_of_rule(
+        seen, query_block=query_block, key_block=key_block, window=max(windows), sinks=sinks
+    )
 
 
 def document_plan(
@@ -172,9 +172,25 @@ def top_blocks_plan(
 
 
 def plan_of_rule(
-    seen: Visibility, *, query_block: int, key_block: int, most: int | None = None
+    seen: Visibility,
+    *,
+    query_block: int,
+    key_block: int,
+    window: int | None = None,
+    sinks: int = 0,
 ) -> BlockPlan:
-    """Every block in which a rule `[b,h,...]` lets a pair count; at most `most` a list."""
+    """Every block in which a rule lets a pair count.
+
+    Args:
+      seen: the rule, arrays `[b,h,...]`.
+      query_block, key_block: sizes of blocks.
+      window: what bounds the lists: each query sees no more than so many consecutive keys, which
+        move on by at most one key a query. None: lists have room for all blocks.
+      sinks: and so many others, consecutive and the same for a block of queries.
+    """
+    most = None
+    if window is not None:
+        most = _touched(window + query_block - 1, key_block) + _touched(sinks, key_block)
     visible = Tiles.of(seen, query_block, key_block).crossed().some_seen()
     return _plan(visible, seen, query_block, key_block, most)
 

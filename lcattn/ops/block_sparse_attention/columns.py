@@ -7,7 +7,7 @@ from jax import lax
 from lcattn.ops.block_sparse_attention.plan import BlockPlan
 from lcattn.ops.block_sparse_attention.rows import Layout, take
 from lcattn.ops.checks import accumulation_dtype
-from lcattn.ops.softmax_attention.dense import masked_softmax
+from lcattn.ops.masked_softmax import masked_softmax
 from lcattn.typing import Array
 
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from lcattn.ops.block_sparse_attention.plan import BlockPlan
 from lcattn.ops.block_sparse_attention.tiles import spread
 from lcattn.ops.checks import accumulation_dtype
-from lcattn.ops.softmax_attention.dense import masked_softmax
+from lcattn.ops.masked_softmax import masked_softmax
 from lcattn.typing import Array
 
 

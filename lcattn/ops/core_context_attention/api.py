@@ -4,6 +4,7 @@ import jax.numpy as jnp
 
 from lcattn.errors import argument_error
 from lcattn.ops import checks, dispatch
+from lcattn.ops.block_sparse_attention import visible
 from lcattn.ops.core_context_attention import groups
 from lcattn.ops.core_context_attention.groups import Cores, Views
 from lcattn.ops.core_context_attention.state import CoreContextState, check_state, extend
@@ -87,7 +88,9 @@ def core_context_attention(
       initial_state: continues a stream; from `core_context_attention_state`.
       return_state: also return the state after the last token. Needs `initial_state`, which says
         how long the stream may become. Past that, outputs are NaN under `jit`.
-      implementation: "xla" (blocks), "reference" (one softmax over T·(T/g + T) scores), or None.
+      implementation: "xla" (blocks), "block_sparse" (cores and tokens as one plan of blocks, in the
+        best form of `block_sparse_attention`; tokens' keys are copied for query heads that have
+        cores of their own), "reference" (one softmax over T·(T/g + T) scores), or None.
 
     Returns:
       `[B,T,N,H]`, or that and the final state.
@@ -109,7 +112,9 @@ def core_context_attention(
 
     if initial_state is None:
         cores, seen = _groups_of(q, k, v, segment_ids, group_size, window, scale, share_cores)
-        return run(q, k, v, cores, seen, scale)
+        # Padding may lie between the tokens that a query sees.
+        most_tokens = window + group_size - 1 if segment_ids is None else None
+        return run(q, k, v, cores, seen, scale, most_tokens)
     if segment_ids is not None:
         raise argument_error("segment_ids", "None with an initial_state", "both")
     check_state(initial_state, sizes, group_size=group_size, window=window, share_cores=share_cores)
@@ -117,7 +122,8 @@ def core_context_attention(
         initial_state, q, k, v,
         group_size=group_size, window=window, scale=scale, share_cores=share_cores,
     )  # fmt: skip
-    out = run(q, k, v, Cores(*(x.astype(q.dtype) for x in state.cores)), seen, scale)
+    cores = Cores(*(x.astype(q.dtype) for x in state.cores))
+    out = run(q, k, v, cores, seen, scale, window + group_size - 1)
     out = jnp.where(state.length > state.max_length, jnp.nan, out)
     return (out, state) if return_state else out
 
@@ -144,8 +150,11 @@ def _groups_of(
     return groups.pool(queries, keys, values, scale=scale, share_cores=share_cores), seen
 
 
-def _merged(q: Array, k: Array, v: Array, cores: Cores, seen: Views, scale: float) -> Array:
+def _merged(
+    q: Array, k: Array, v: Array, cores: Cores, seen: Views, scale: float, most_tokens: int | None
+) -> Array:
     """Cores and tokens apart, since they may differ in heads, and merged to one softmax."""
+    del most_tokens
     parts = [chunked.attend(q, k, v, seen.tokens, scale=scale)]
     if cores.k.shape[1]:
         parts.append(chunked.attend(q, *cores, seen.cores, scale=scale))
@@ -153,28 +162,49 @@ def _merged(q: Array, k: Array, v: Array, cores: Cores, seen: Views, scale: floa
     return out.astype(q.dtype)
 
 
-def _reference(q: Array, k: Array, v: Array, cores: Cores, seen: Views, scale: float) -> Array:
+def _block_sparse(
+    q: Array, k: Array, v: Array, cores: Cores, seen: Views, scale: float, most_tokens: int | None
+) -> Array:
+    """Cores and tokens side by side in one plan."""
+    heads = cores.k.shape[2]
+    out, _ = visible.attend(
+        q, _side_by_side(cores.k, k, heads), _side_by_side(cores.v, v, heads), _all_seen(seen),
+        scale=scale, window=most_tokens, sinks=cores.k.shape[1],
+    )  # fmt: skip
+    return out
+
+
+def _reference(
+    q: Array, k: Array, v: Array, cores: Cores, seen: Views, scale: float, most_tokens: int | None
+) -> Array:
     """The softmax over cores and tokens side by side."""
+    del most_tokens
+    heads = q.shape[2]
+    out, _ = dense.reference(
+        q, _side_by_side(cores.k, k, heads), _side_by_side(cores.v, v, heads),
+        visibility=_all_seen(seen), alibi=None, scale=scale,
+    )  # fmt: skip
+    return out
 
-    def side_by_side(core: Array, token: Array) -> Array:
-        core, token = (jnp.repeat(x, q.shape[2] // x.shape[2], axis=2) for x in (core, token))
-        return jnp.concatenate([core, token], axis=1)
 
+def _side_by_side(core: Array, token: Array, heads: int) -> Array:
+    core, token = (jnp.repeat(x, heads // x.shape[2], axis=2) for x in (core, token))
+    return jnp.concatenate([core, token], axis=1)
+
+
+def _all_seen(seen: Views) -> Visibility:
     edges = (
         jnp.concatenate([core, token], axis=1)
         for core, token in zip(seen.cores[1:], seen.tokens[1:], strict=True)
     )
-    out, _ = dense.reference(
-        q, side_by_side(cores.k, k), side_by_side(cores.v, v),
-        visibility=Visibility(seen.tokens.queries, *edges), alibi=None, scale=scale,
-    )  # fmt: skip
-    return out
+    return Visibility(seen.tokens.queries, *edges)
 
 
 dispatch.declare(
     "core_context_attention",
     {
         "xla": dispatch.Implementation(_merged),
+        "block_sparse": dispatch.Implementation(_block_sparse),
         "reference": dispatch.Implementation(_reference),
     },
 )

@@ -1,5 +1,6 @@
 """The public op: arguments, checks, and what each implementation does with groups and draws."""
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -7,11 +8,12 @@ import jax.numpy as jnp
 
 from lcattn.errors import argument_error
 from lcattn.ops import blocks, checks, dispatch
-from lcattn.ops.hyper_attention import blockwise, dense
+from lcattn.ops.block_sparse_attention import visible
+from lcattn.ops.hyper_attention import block_sparse, blockwise, dense
 from lcattn.ops.hyper_attention.draws import Draws, draw
 from lcattn.ops.hyper_attention.groups import Bounds, Groups, causal_groups, document_groups
 from lcattn.ops.hyper_attention.hashing import ranks
-from lcattn.ops.hyper_attention.plan import Options, make_plan
+from lcattn.ops.hyper_attention.plan import Options, Plan, make_plan
 from lcattn.ops.merging import merge
 from lcattn.ops.softmax_attention import chunked, softmax_attention
 from lcattn.ops.visibility import visibility
@@ -99,7 +101,8 @@ def hyper_attention(
         many scores, since blocks are then read by uneven numbers of queries.
       return_lse: also return the log of each estimated softmax denominator, `[B,T,N]` float32,
         -inf where no key is seen.
-      implementation: "xla" (blocks), "reference" (the definition, T·S memory), or None.
+      implementation: "xla" (blocks), "block_sparse" (all levels as one plan of blocks, in the best
+        form of `block_sparse_attention`), "reference" (the definition, T·S memory), or None.
 
     Returns:
       `[B,T,N,H]`, or that and the log-sum-exp.
@@ -144,27 +147,59 @@ def _check_codes(num_projections: int, num_groups: int) -> None:
         raise argument_error("num_projections", f"at most {most} here", num_projections)
 
 
-def _xla(
+def _in_chunks(
     q: Array, k: Array, v: Array, drawn: Draws, groups: Groups, bounds: Bounds, leaf: int | None,
     options: Options,
 ) -> tuple[Array, Array]:  # fmt: skip
-    def head(q, k, v, key, queries, keys, draw_ids):
-        plan = make_plan(
-            ranks(q, drawn.planes), ranks(k, drawn.planes), key, queries, keys, draw_ids,
-            num_projections=drawn.planes.shape[1], bounds=bounds, options=options,
-        )  # fmt: skip
-        return blockwise.attend(q, k, v, plan, options)
+    def head(q, k, v, *rest):
+        return blockwise.attend(q, k, v, _plan(q, k, drawn, bounds, options, *rest), options)
 
-    outs, lses = _over_heads(head, q, k, v, drawn, groups[:3])
+    levels = _over_heads(head, q, k, v, drawn, groups[:3])
+    exact = functools.partial(chunked.attend, scale=options.scale)
+    return _put_together(q, k, v, levels, groups, leaf, exact)
+
+
+def _block_sparse(
+    q: Array, k: Array, v: Array, drawn: Draws, groups: Groups, bounds: Bounds, leaf: int | None,
+    options: Options,
+) -> tuple[Array, Array]:  # fmt: skip
+    def head(q, k, v, *rest):
+        del v
+        return _plan(q, k, drawn, bounds, options, *rest)
+
+    plan = _map_heads(head, q, k, v, drawn, groups[:3])
+    levels = block_sparse.attend(q, k, v, plan, options)
+    exact = functools.partial(visible.attend, scale=options.scale)
+    return _put_together(q, k, v, levels, groups, leaf, exact)
+
+
+def _plan(
+    q: Array, k: Array, drawn: Draws, bounds: Bounds, options: Options, key, queries, keys, draw_ids
+) -> Plan:
+    """What one head reads."""
+    return make_plan(
+        ranks(q, drawn.planes), ranks(k, drawn.planes), key, queries, keys, draw_ids,
+        num_projections=drawn.planes.shape[1], bounds=bounds, options=options,
+    )  # fmt: skip
+
+
+def _put_together(
+    q: Array, k: Array, v: Array, levels: tuple[Array, Array], groups: Groups, leaf: int | None,
+    exact: Callable[..., tuple[Array, Array]],
+) -> tuple[Array, Array]:  # fmt: skip
+    """Levels `[B,L,T,...]`, and by `exact` what is not estimated, in one softmax."""
+    outs, lses = levels
     parts = [(outs[:, level], lses[:, level]) for level in range(outs.shape[1])]
     if leaf is not None:
-        parts.append(_leaves(q, k, v, leaf, options.scale))
+        parts.append(_leaves(q, k, v, leaf, exact))
     elif groups.exact is not None:
-        parts.append(chunked.attend(q, k, v, groups.exact, scale=options.scale))
+        parts.append(exact(q, k, v, groups.exact))
     return merge(*parts)
 
 
-def _leaves(q: Array, k: Array, v: Array, size: int, scale: float) -> tuple[Array, Array]:
+def _leaves(
+    q: Array, k: Array, v: Array, size: int, exact: Callable[..., tuple[Array, Array]]
+) -> tuple[Array, Array]:
     """Causal attention within each `size` tokens, leaves side by side in the batch."""
     length = q.shape[1]
 
@@ -172,8 +207,7 @@ def _leaves(q: Array, k: Array, v: Array, size: int, scale: float) -> tuple[Arra
         x = blocks.pad(x, size, 1)
         return x.reshape(-1, size, *x.shape[2:])
 
-    seen = visibility(size, size, causal=True)
-    parts = chunked.attend(fold(q), fold(k), fold(v), seen, scale=scale)
+    parts = exact(fold(q), fold(k), fold(v), visibility(size, size, causal=True))
     out, lse = (x.reshape(len(q), -1, *x.shape[2:])[:, :length] for x in parts)
     return out, lse
 
@@ -207,10 +241,24 @@ def _over_heads(
     drawn: Draws,
     row: tuple[Array, ...],
 ) -> tuple[Array, Array]:
-    """Maps `head(q, k, v, key, *row)` of one head over heads and rows.
+    """`_map_heads`, with results `[..., T, (H)]` as `[B, ..., T, N, (H)]`."""
+    out, lse = _map_heads(head, q, k, v, drawn, row)
+    out, lse = (x.reshape(q.shape[0], q.shape[2], *x.shape[3:]) for x in (out, lse))
+    return jnp.moveaxis(out, 1, -2), jnp.moveaxis(lse, 1, -1)
+
+
+def _map_heads[Result](
+    head: Callable[..., Result],
+    q: Array,
+    k: Array,
+    v: Array,
+    drawn: Draws,
+    row: tuple[Array, ...],
+) -> Result:
+    """Maps `head(q, k, v, key, *row)` of one head over rows and heads, `[B,K,N/K,...]`.
 
     Arrays of a row are the same for all heads; what a key head needs is computed once for all its
-    query heads. Results `[..., T, (H)]` become `[B, ..., T, N, (H)]`.
+    query heads.
     """
     (B, _, N, _), K = q.shape, k.shape[2]
     shared = tuple(x[0] if len(x) == 1 else x for x in row)
@@ -220,15 +268,14 @@ def _over_heads(
     heads = jax.vmap(group, (1, 1, 1, 0, *same))
     rows = jax.vmap(heads, (0, 0, 0, 0, *axes))
     q = q.reshape(*q.shape[:2], K, N // K, q.shape[3])
-    out, lse = rows(q, k, v, drawn.keys.reshape(B, K, N // K), *shared)  # [B,K,G,...,T,H]
-    out, lse = (x.reshape(B, N, *x.shape[3:]) for x in (out, lse))
-    return jnp.moveaxis(out, 1, -2), jnp.moveaxis(lse, 1, -1)
+    return rows(q, k, v, drawn.keys.reshape(B, K, N // K), *shared)
 
 
 dispatch.declare(
     "hyper_attention",
     {
-        "xla": dispatch.Implementation(_xla),
+        "xla": dispatch.Implementation(_in_chunks),
+        "block_sparse": dispatch.Implementation(_block_sparse),
         "reference": dispatch.Implementation(_reference),
     },
 )

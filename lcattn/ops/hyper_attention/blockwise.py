@@ -34,7 +34,7 @@ def attend(
     key_samples, value_samples = (
         x.reshape(-1, x.shape[-1])[plan.samples] for x in (key_blocks, value_blocks)
     )
-    chunks = _take(q, plan.queries)
+    chunks = _take(q, plan.queries())
     steps = -(-len(chunks) // max(1, _ROWS[dispatch.default_platform()] // chunks.shape[1]))
     out, lse = _attend(
         options,

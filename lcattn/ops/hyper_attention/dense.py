@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from lcattn.ops.checks import accumulation_dtype
 from lcattn.ops.hyper_attention import draws
 from lcattn.ops.hyper_attention.plan import Options
-from lcattn.ops.softmax_attention.dense import masked_softmax
+from lcattn.ops.masked_softmax import masked_softmax
 from lcattn.typing import Array, Bool, Float, Int
 
 

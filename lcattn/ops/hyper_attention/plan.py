@@ -45,7 +45,8 @@ class Plan(NamedTuple):
 
     Attributes:
       keys: tokens of each block of keys; S where it is empty.
-      queries: tokens of each chunk of queries; T where it is empty.
+      key_place: of each token on each level among all keys of all blocks.
+      readers: who is in each chunk of queries, as level · T + token; L · T where it is empty.
       place: of each token on each level among all queries of all chunks.
       block: that the queries of each chunk read.
       group: that it belongs to.
@@ -54,14 +55,20 @@ class Plan(NamedTuple):
     """
 
     keys: Int[Array, "n b"]
-    queries: Int[Array, "C c"]
+    key_place: Int[Array, "L S"]
+    readers: Int[Array, "C c"]
     place: Int[Array, "L T"]
     block: Int[Array, "C"]
     group: Int[Array, "C"]
     samples: Int[Array, "P m"]
     num_keys: Int[Array, "P"]
 
-    def key_exists(self, num_keys: int) -> Bool[Array, "n b"]:
+    def queries(self) -> Int[Array, "*heads C c"]:
+        """Tokens of each chunk of queries; T where it is empty."""
+        L, T = self.place.shape[-2:]
+        return jnp.where(self.readers < L * T, self.readers % T, T)
+
+    def key_exists(self, num_keys: int) -> Bool[Array, "*heads n b"]:
         """Which places of the blocks hold a key."""
         return self.keys < num_keys
 
@@ -113,7 +120,8 @@ def make_plan(
     chunk_block = jnp.minimum(chunks.group, last)
     return Plan(
         keys=jnp.where(blocks.members < L * S, blocks.members % S, S),
-        queries=jnp.where(chunks.members < L * T, chunks.members % T, T),
+        key_place=blocks.place.reshape(L, S),
+        readers=chunks.members,
         place=chunks.place.reshape(L, T),
         block=chunk_block,
         group=jnp.minimum(blocks.group[chunk_block], P - 1),

@@ -1,9 +1,11 @@
 """The public op: arguments, checks, routes, and attention within them."""
 
+import functools
 from collections.abc import Callable
 
 from lcattn.errors import argument_error
 from lcattn.ops import checks, dispatch
+from lcattn.ops.block_sparse_attention import visible
 from lcattn.ops.routing_attention import clusters, lists, members
 from lcattn.ops.routing_attention.state import (
     RoutingAttentionState,
@@ -95,7 +97,8 @@ def routing_attention(
         lcattn.ops.rotary, positions=...)`.
       initial_state: continues a stream; from `routing_attention_state`. Needs `strict`.
       return_state: also return the state after the last token. Needs `strict`.
-      implementation: "xla" (blocks), "reference" (all scores of a list at once), or None.
+      implementation: "xla" (blocks), "block_sparse" (lists as plans of blocks, in the best form of
+        `block_sparse_attention`), "reference" (all scores of a list at once), or None.
 
     Returns:
       `[B,T,N,H]`, or that and the final state.
@@ -119,6 +122,9 @@ def routing_attention(
     if is_streamed and segment_ids is not None:
         raise argument_error("segment_ids", "None with a state", "both")
     attend = dispatch.choose("routing_attention", implementation)
+    if strict and not is_streamed:
+        # In a list of all tokens, cluster after cluster.
+        attend = functools.partial(attend, window=cluster_size)
 
     x = clusters.normalize(q)
     affinity = clusters.affinities(x, centroids)
@@ -143,12 +149,21 @@ def routing_attention(
     return (out, new.state) if return_state else out
 
 
-def _blocks(q: Array, k: Array, v: Array, seen: Visibility, scale: float) -> Array:
+def _blocks(q: Array, k: Array, v: Array, seen: Visibility, scale: float, **rest) -> Array:
+    del rest
     out, _ = chunked.attend(q, k, v, seen, scale=scale)
     return out
 
 
-def _reference(q: Array, k: Array, v: Array, seen: Visibility, scale: float) -> Array:
+def _block_sparse(
+    q: Array, k: Array, v: Array, seen: Visibility, scale: float, window: int | None = None
+) -> Array:
+    out, _ = visible.attend(q, k, v, seen, scale=scale, window=window)
+    return out
+
+
+def _reference(q: Array, k: Array, v: Array, seen: Visibility, scale: float, **rest) -> Array:
+    del rest
     out, _ = dense.reference(q, k, v, visibility=seen, alibi=None, scale=scale)
     return out
 
@@ -157,6 +172,7 @@ dispatch.declare(
     "routing_attention",
     {
         "xla": dispatch.Implementation(_blocks),
+        "block_sparse": dispatch.Implementation(_block_sparse),
         "reference": dispatch.Implementation(_reference),
     },
 )

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 
 from lcattn.errors import argument_error
 from lcattn.ops import checks, dispatch
-from lcattn.ops.softmax_attention import chunked, dense
+from lcattn.ops.softmax_attention import block_sparse, chunked, dense
 from lcattn.ops.softmax_attention.alibi import Alibi
 from lcattn.ops.visibility import visibility
 from lcattn.typing import Array, Float, Int, SegmentIds
@@ -14,6 +14,7 @@ dispatch.declare(
     {
         "cudnn": dispatch.Implementation(dense.cudnn, dense.cudnn_objection),
         "xla": dispatch.Implementation(chunked.attend_xla),
+        "block_sparse": dispatch.Implementation(block_sparse.attend, block_sparse.objection),
         "reference": dispatch.Implementation(dense.reference),
     },
 )
@@ -28,6 +29,7 @@ def softmax_attention(
     segment_ids: SegmentIds | None = None,
     scale: float | None = None,
     window: int | None = None,
+    sinks: int = 0,
     alibi_slopes: Float[Array, "N"] | None = None,
     query_position: int | Int[Array, ""] | None = None,
     key_position: int | Int[Array, ""] = 0,
@@ -43,8 +45,8 @@ def softmax_attention(
         x_{ts} = \mathrm{scale} \cdot q_t^\top k_s - m_n |t - s|
 
     where V(t) holds the keys that t sees: the past including t (`causal`), the last `window` of
-    them, those of its own document (`segment_ids`). The slope m_n of head n is 0 without
-    `alibi_slopes`. A query that sees no key gives zeros.
+    them and the first few (`sinks`), those of its own document (`segment_ids`). The slope m_n of
+    head n is 0 without `alibi_slopes`. A query that sees no key gives zeros.
 
     Time O(T·S), or O(T·window); memory O(T) in both passes above 512 tokens.
 
@@ -56,6 +58,8 @@ def softmax_attention(
       segment_ids: document of each token `[B,T]`, for packed rows (T = S).
       scale: factor of the scores; default `F ** -0.5`.
       window: number of keys seen, the query's own included. Needs `causal`.
+      sinks: the first keys of a document, which stay in sight when the window has passed them
+        (StreamingLLM, Xiao et al. 2023, arXiv 2309.17453).
       alibi_slopes: slope of each query head, float32 `[N]` (Press et al. 2021, arXiv 2108.12409);
         see `lcattn.ops.alibi_slopes`.
       query_position: position of the first query. Default `key_position + S - T`: the queries are
@@ -63,8 +67,9 @@ def softmax_attention(
       key_position: position of the first key. Keys at negative positions do not exist.
       return_lse: also return the log of each softmax denominator, `[B,T,N]` float32, -inf where
         no key is seen. Gradients flow through it, so that partial results can be merged.
-      implementation: "cudnn" (GPU), "xla" (anywhere), "reference" (the definition, T·S memory),
-        or None for the first of them that serves the call.
+      implementation: "cudnn" (GPU), "xla" (anywhere), "block_sparse" (by a plan of blocks, in the
+        best form of `block_sparse_attention`), "reference" (the definition, T·S memory), or None
+        for the first of them that serves the call.
 
     Returns:
       `[B,T,N,H]`, or that and the log-sum-exp.
@@ -80,6 +85,10 @@ def softmax_attention(
             raise argument_error("window", "None when causal is False", repr(window))
         if window >= sizes.S and query_position is None:
             window = None
+    if isinstance(sinks, bool) or not isinstance(sinks, int) or sinks < 0:
+        raise argument_error("sinks", "a whole number of at least 0", repr(sinks))
+    if window is None:
+        sinks = 0  # all are in sight anyway
     if alibi_slopes is not None:
         checks.check_shape("alibi_slopes", alibi_slopes, (sizes.N,), "[N]")
     aligned = query_position is None and isinstance(key_position, int) and key_position == 0
@@ -89,10 +98,10 @@ def softmax_attention(
     run = dispatch.choose(
         "softmax_attention", implementation,
         sizes=sizes, dtype=q.dtype, causal=causal, segment_ids=segment_ids,
-        alibi_slopes=alibi_slopes, aligned=aligned, return_lse=return_lse,
+        alibi_slopes=alibi_slopes, sinks=sinks, aligned=aligned, return_lse=return_lse,
     )  # fmt: skip
     seen = visibility(
-        sizes.T, sizes.S, causal=causal, window=window, segment_ids=segment_ids,
+        sizes.T, sizes.S, causal=causal, window=window, sinks=sinks, segment_ids=segment_ids,
         query_position=query_position, key_position=key_position,
     )  # fmt: skip
     alibi = None
@@ -104,7 +113,7 @@ def softmax_attention(
         )
     out, lse = run(
         q, k, v,
-        visibility=seen, alibi=alibi, scale=scale, causal=causal, window=window,
-        is_plain=aligned and segment_ids is None, return_lse=return_lse,
+        visibility=seen, alibi=alibi, scale=scale, causal=causal, window=window, sinks=sinks,
+        is_plain=aligned and segment_ids is None and not sinks, return_lse=return_lse,
     )  # fmt: skip
     return (out, lse) if return_lse else out

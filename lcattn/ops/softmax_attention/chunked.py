@@ -35,9 +35,10 @@ class _Options(NamedTuple):
 
 def attend_xla(
     q, k, v, *, visibility: Visibility, alibi: Alibi | None, scale: float, causal: bool,
-    window: int | None, is_plain: bool, return_lse: bool,
+    window: int | None, is_plain: bool, return_lse: bool, **rest,
 ) -> tuple[Array, Array | None]:  # fmt: skip
     """The form for any device: materialised when short, blocks otherwise."""
+    del rest
     short = max(q.shape[1], k.shape[1]) <= _MATERIALIZE_UP_TO[dispatch.default_platform()]
     # JAX's function rounds float64 to float32 inside, and refuses float16 on a CPU.
     served = q.dtype in (jnp.float32, jnp.bfloat16) and q.shape[3] == v.shape[3]

@@ -5,9 +5,10 @@ import jax.numpy as jnp
 
 from lcattn.ops import dispatch
 from lcattn.ops.checks import Sizes, accumulation_dtype
+from lcattn.ops.masked_softmax import masked_softmax
 from lcattn.ops.softmax_attention.alibi import Alibi
 from lcattn.ops.visibility import Visibility
-from lcattn.typing import Array, Bool, Float
+from lcattn.typing import Array
 
 
 def reference(
@@ -24,25 +25,6 @@ def reference(
     probabilities, lse = masked_softmax(scores, visibility.mask()[:, None])
     out = jnp.einsum("bnts,bsnh->btnh", probabilities, v, preferred_element_type=dtype)
     return out.astype(q.dtype), lse.transpose(0, 2, 1)
-
-
-def masked_softmax(
-    scores: Float[Array, "*rows S"], seen: Bool[Array, "*#rows S"]
-) -> tuple[Float[Array, "*rows S"], Float[Array, "*rows"]]:
-    """Probabilities of the seen keys, and the log of their denominator; 0 and -inf if none is."""
-    highest = jnp.max(scores, axis=-1, keepdims=True, where=seen, initial=-jnp.inf)
-    highest = jax.lax.stop_gradient(jnp.where(jnp.isfinite(highest), highest, 0))
-    # Hidden scores are replaced before exp, so that no inf enters the gradient. A fused
-    # multiply-add can leave a huge score above its own maximum: the excess is taken off, as a
-    # constant.
-    below = jnp.where(seen, scores - highest, 0)
-    below -= jax.lax.stop_gradient(jnp.maximum(below, 0))
-    weights = jnp.where(seen, jnp.exp(below), 0)
-    total = weights.sum(axis=-1, keepdims=True)
-    empty = total == 0
-    safe = jnp.where(empty, 1, total)
-    lse = jnp.where(empty, -jnp.inf, highest + jnp.log(safe))
-    return weights / safe, lse[..., 0]
 
 
 def materialized(
@@ -79,7 +61,7 @@ def cudnn(q, k, v, *, causal, window, scale, **rest) -> tuple[Array, None]:
 
 
 def cudnn_objection(
-    *, sizes: Sizes, dtype, causal, segment_ids, alibi_slopes, aligned, return_lse
+    *, sizes: Sizes, dtype, causal, segment_ids, alibi_slopes, sinks, aligned, return_lse
 ) -> str | None:
     """Why cuDNN cannot serve a call, or None."""
     if dispatch.default_platform() != "gpu":
@@ -88,6 +70,8 @@ def cudnn_objection(
         return f"takes bfloat16 or float16, not {dtype}"
     if segment_ids is not None or alibi_slopes is not None:
         return "takes neither segment_ids nor alibi_slopes without materialising a T·S bias"
+    if sinks:
+        return "has windows without sinks only"
     if return_lse:
         return "has no gradient through the log-sum-exp"
     if not aligned or (causal and sizes.T != sizes.S):

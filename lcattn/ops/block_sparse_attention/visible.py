@@ -1,0 +1,48 @@
+"""Attention to whatever a rule lets queries see, by the plan of that rule."""
+
+from lcattn.ops import dispatch
+from lcattn.ops.block_sparse_attention.api import block_sparse_attention
+from lcattn.ops.block_sparse_attention.builders import plan_of_rule
+from lcattn.ops.visibility import Visibility
+from lcattn.typing import Array
+
+# Tokens a block. A TPU pays for every block that is listed; none was at hand to measure.
+_BLOCK = {"cpu": 128, "gpu": 128, "tpu": 512}
+
+
+def default_block() -> int:
+    """Tokens a block on the platform of a computation traced now."""
+    return _BLOCK[dispatch.default_platform()]
+
+
+def attend(
+    q: Array,
+    k: Array,
+    v: Array,
+    seen: Visibility,
+    *,
+    scale: float,
+    window: int | None = None,
+    sinks: int = 0,
+) -> tuple[Array, Array]:
+    """Outputs `[B,T,N,H]` and log-sum-exps `[B,T,N]`, by the best form of block-sparse attention.
+
+    The counterpart of `softmax_attention.chunked.attend`, for ops whose own form is a rule.
+
+    Args:
+      q: queries `[B,T,N,F]`.
+      k: keys `[B,S,K,F]`.
+      v: values `[B,S,K,H]`.
+      seen: who sees whom, arrays `[b,...]`.
+      scale: factor of the scores.
+      window, sinks: bounds of what a query sees, as of `plan_of_rule`.
+    """
+    plan = plan_of_rule(
+        Visibility(*(x[:, None] for x in seen)),
+        query_block=min(default_block(), q.shape[1]),
+        key_block=min(default_block(), k.shape[1]),
+        window=window,
+        sinks=sinks,
+    )
+    out, lse = block_sparse_attention(q, k, v, plan, scale=scale, return_lse=True)
+    return out, lse

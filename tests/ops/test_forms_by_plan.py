@@ -1,0 +1,151 @@
+"""Mechanisms as plans of blocks: each equals its definition, in values and every gradient."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lcattn import ops
+from lcattn.ops import dispatch
+from lcattn.ops.block_sparse_attention import visible
+from lcattn.ops.hyper_attention import block_sparse
+from lcattn.testing.conformance import oracles
+
+T = 30
+# Documents with padding before, between and within a block of them; a row that is all padding.
+IDS = np.asarray([[-1] * 2 + [0] * 13 + [-1] * 3 + [1] + [4] * 10 + [-1], [-1] * T], np.int32)
+HYPER = {
+    "rng": jax.random.key(1), "num_projections": 3, "block_size": 4, "sample_size": 6,
+    "min_seq_len": 8, "return_lse": True,
+}  # fmt: skip
+CASES = {
+    # name: op, options, the form that it is held against
+    "window with sinks": (
+        "softmax_attention", {"window": 9, "sinks": 2, "return_lse": True}, "reference",
+    ),
+    "hyper": ("hyper_attention", HYPER, "xla"),
+    "cores": ("core_context_attention", {"group_size": 3, "window": 7}, "reference"),
+    "routing": ("routing_attention", {"cluster_size": 5}, "xla"),
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch):
+    """Blocks of 8 tokens, so that short lists have several."""
+    monkeypatch.setattr(visible, "_BLOCK", {"cpu": 8})
+
+
+def arrays(op, dtype):
+    """Four query heads to two key heads; NumPy arrays, so that float64 is kept."""
+    rng = np.random.default_rng(0)
+    shapes = [(2, T, 4, 4), (2, T, 2, 4), (2, T, 2, 4)]
+    q, k, v = (rng.standard_normal(shape).astype(jnp.dtype(dtype)) for shape in shapes)
+    return (q, v) if op == "routing_attention" else (q, k, v)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def values_and_gradients(name, implementation, arrays):
+    op, options, _ = CASES[name]
+    call = functools.partial(
+        getattr(ops, op), **options, segment_ids=jnp.asarray(IDS), implementation=implementation
+    )
+    if op == "routing_attention":
+        centroids = jax.random.normal(jax.random.key(0), (4, 3, 4))
+        call = functools.partial(_routed, call, centroids)
+    values, pull = jax.vjp(call, *arrays)
+    seen = jax.tree.map(lambda x: jnp.where(jnp.isneginf(x), 0, x), values)
+    return values, pull(jax.tree.map(lambda x: jnp.cos(x) + x, seen))
+
+
+def _routed(call, centroids, q, v):
+    return call(q, v, centroids)
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"), [*((name, "float64") for name in CASES), ("hyper", "bfloat16")]
+)
+def test_they_are_what_they_mean(name, dtype):
+    op, _, plain = CASES[name]
+    inputs = arrays(op, dtype)
+    with jax.enable_x64(True):
+        found = values_and_gradients(name, "block_sparse", inputs)
+        assert {str(x.dtype) for x in found[1]} == {dtype}
+        expected = values_and_gradients(name, plain, [x.astype(float) for x in inputs])
+    for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
+        np.testing.assert_array_equal(np.isfinite(x), np.isfinite(y))
+        x, y = (np.where(np.isfinite(z), z, 0) for z in (x, y))
+        tolerance = 1e-12 if dtype == "float64" else 1e-2
+        assert np.linalg.norm(x - y) <= tolerance * np.linalg.norm(y)
+        assert not np.any(x[IDS < 0])
+
+
+@pytest.mark.parametrize("implementation", ["xla", "block_sparse"])
+def test_windows_with_sinks_are_what_they_say(implementation):
+    inputs = dict(zip("qkv", arrays("softmax_attention", "float64"), strict=True))
+    options = {"window": 9, "sinks": 2}
+    attend = functools.partial(ops.softmax_attention, **options, implementation=implementation)
+    with jax.enable_x64(True):
+        out = jax.jit(attend)(**inputs, segment_ids=jnp.asarray(IDS))
+    np.testing.assert_allclose(out, oracles.softmax_attention(inputs, IDS, **options), atol=1e-12)
+
+
+def test_streams_of_cores():
+    """Cores and recent tokens of a state, some of which do not exist yet, bound the lists too."""
+    q, k, v = map(jnp.asarray, arrays("core_context_attention", "float32"))
+    options = {"group_size": 3, "window": 7, "share_cores": True}
+    attend = functools.partial(ops.core_context_attention, **options)
+
+    @jax.jit
+    def stream(state):
+        streamed = functools.partial(attend, return_state=True, implementation="block_sparse")
+        first, state = streamed(q[:, :11], k[:, :11], v[:, :11], initial_state=state)
+        second, _ = streamed(q[:, 11:], k[:, 11:], v[:, 11:], initial_state=state)
+        return jnp.concatenate([first, second], axis=1)
+
+    state = ops.core_context_attention_state(2, T, 4, 2, 4, 4, **options)
+    expected = jax.jit(functools.partial(attend, implementation="reference"))(q, k, v)
+    np.testing.assert_allclose(stream(state), expected, atol=1e-5)
+
+
+def test_all_levels_are_one_call(monkeypatch):
+    """No recursion of launches: the leaves side by side, and everything else."""
+    calls = []
+
+    def counted(q, k, v, plan, **options):
+        calls.append(plan)
+        return run(q, k, v, plan, **options)
+
+    run = ops.block_sparse_attention
+    for module in (visible, block_sparse):
+        monkeypatch.setattr(module, "block_sparse_attention", counted)
+    x = jax.ShapeDtypeStruct((1, 8 * 2**4, 2, 4), jnp.float32)
+    attend = functools.partial(ops.hyper_attention, **HYPER, implementation="block_sparse")
+    jax.eval_shape(attend, x, x, x)
+    levels, leaves = calls
+    assert leaves.blocks.shape[:2] == (1, 1)  # one list for all heads and leaves
+    # Of 4 keys each: the own block, and six samples.
+    assert levels.blocks.shape[-1] == 1 + 2 + 1
+
+
+def test_they_run_when_named():
+    """Until a chip has shown that a plan is faster."""
+    for op in {op for op, *_ in CASES.values()}:
+        names = list(dispatch.OPS[op])
+        assert names.index("xla") < names.index("block_sparse")
+
+
+def test_a_plan_takes_no_slopes():
+    q, k, v = map(jnp.asarray, arrays("softmax_attention", "float32"))
+    with pytest.raises(ops.UnsupportedImplementationError, match="takes no alibi_slopes"):
+        ops.softmax_attention(
+            q, k, v, alibi_slopes=ops.alibi_slopes(4), implementation="block_sparse"
+        )
+
+
+def test_bad_sinks(no_type_hook):
+    q, k, v = map(jnp.asarray, arrays("softmax_attention", "float32"))
+    with pytest.raises(ValueError, match="sinks: expected a whole number of at least 0, got -1"):
+        ops.softmax_attention(q, k, v, window=3, sinks=-1)
