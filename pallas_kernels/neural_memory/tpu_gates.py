@@ -1,0 +1,148 @@
+r"""What gates leave of every write at every later token of a chunk, computed on the chip.
+
+With a_t = 1 - decay_t and A_ti = a_{i+1}...a_t, P_tj = momentum_{j+1}...momentum_t (1 on the
+diagonal, 0 above it), network W_t and momentum S_t after a token are
+
+    S_t = m_t S_0 - sum_{j<=t} P_tj theta_j g_j            m_t = momentum_1...momentum_t
+    W_t = b_t W_0 + f_t S_0 - sum_{j<=t} G_tj g_j          b_t = a_1...a_t
+    f = A m,   G = A P diag(theta)
+
+Products are formed as products: exact for gates of 0 and 1, and with gradients there. A chunk may
+hold several documents, each of which starts from W_0 and S_0, and slots without a token, which
+change nothing. Rows of a matrix, and columns `[C,1]`, are tokens that read; columns, and rows
+`[1,C]`, are tokens that wrote.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels.tpu import dot
+
+
+class Gates(NamedTuple):
+    """Of each token of a chunk, `[1,C]` in float32."""
+
+    learning_rate: jax.Array
+    momentum: jax.Array
+    decay: jax.Array
+
+
+class Coefficients(NamedTuple):
+    """What each token of a chunk sees, and what the chunk leaves behind.
+
+    Attributes:
+      kept: b, share of the incoming network at each token, `[C,1]`.
+      carried: f, share of the incoming momentum that is in the network by then, `[C,1]`.
+      written: G, what the network at each token holds of each gradient, `[C,C]`.
+      last_kept, last_carried: b and f of the last token, `[1,1]`.
+      last_written: G of the last token, `[C,1]`.
+      momentum: m of the last token, `[1,1]`.
+      pending: P diag(theta) of the last token, what momentum holds of each gradient, `[C,1]`.
+    """
+
+    kept: jax.Array
+    carried: jax.Array
+    written: jax.Array
+    last_kept: jax.Array
+    last_carried: jax.Array
+    last_written: jax.Array
+    momentum: jax.Array
+    pending: jax.Array
+
+
+def coefficients(gates: Gates, used: jax.Array, first: jax.Array) -> Coefficients:
+    """The coefficients of a chunk; differentiable in the gates.
+
+    Args:
+      gates: learning rate, momentum and decay.
+      used: whether a slot holds a token, `[1,C]`.
+      first: whether a slot is the first of the chunk or of a document, `[1,C]`.
+    """
+    rate = jnp.where(used, gates.learning_rate, 0.0)
+    momentum = jnp.where(used, gates.momentum, 1.0)
+    keep = jnp.where(used, 1 - gates.decay, 1.0)
+    a, p = (_between(jnp.where(first, 0.0, gate)) for gate in (keep, momentum))
+    kept = _sum_rows(a * jnp.where(first, keep, 0.0))
+    left = _sum_rows(p * jnp.where(first, momentum, 0.0))
+    p = p * rate
+    enters = _column(jnp.where(used, 1.0, 0.0)) > 0
+    carried = _sum_rows(a * _row(jnp.where(enters, left, 0.0)))
+    written = _product(a, jnp.where(enters, p, 0.0))
+    return Coefficients(
+        kept, carried, written,
+        *(_last(x) for x in (kept, carried)), _column(_last(written)),
+        _last(left), _column(_last(p)),
+    )  # fmt: skip
+
+
+@jax.custom_vjp
+def _between(gate: jax.Array) -> jax.Array:
+    """Products of gates `[1,C]` after each token (column), up to each later one (row)."""
+    size = gate.shape[1]
+    row, token = _indices(size)
+    product = jnp.where(row > token, _column(gate), 1.0)
+    shift = 1
+    while shift < size:  # running products over ever more rows
+        above = pltpu.roll(product, shift, 0)
+        product = product * jnp.where(row >= shift, above, 1.0)
+        shift *= 2
+    return jnp.where(row >= token, product, 0.0)
+
+
+def _between_forward(gate):
+    products = _between(gate)
+    return products, products
+
+
+def _between_backward(products, d_products):
+    """Gate s is a factor of row t, column i where i < s <= t: of A_ts A_(s-1)i."""
+    row, token = _indices(products.shape[0])
+    before = jnp.where(row >= 1, pltpu.roll(products, 1, 0), 0.0)
+    d_products = jnp.where(row >= token, d_products, 0.0)
+    return (jnp.sum(products * dot(d_products, before, (1, 1)), axis=0, keepdims=True),)
+
+
+_between.defvjp(_between_forward, _between_backward)
+
+
+@jax.custom_vjp
+def _product(a: jax.Array, b: jax.Array) -> jax.Array:
+    return dot(a, b)
+
+
+_product.defvjp(
+    lambda a, b: (dot(a, b), (a, b)),
+    lambda ab, d: (dot(d, ab[1], (1, 1)), dot(ab[0], d, (0, 0))),
+)
+
+
+def _indices(size: int) -> list[jax.Array]:
+    """Index of the row and of the column of each element."""
+    return [lax.broadcasted_iota(jnp.int32, (size, size), axis) for axis in (0, 1)]
+
+
+def _sum_rows(x: jax.Array) -> jax.Array:
+    """`[C,C] -> [C,1]`."""
+    return jnp.sum(x, axis=1, keepdims=True)
+
+
+def _column(row: jax.Array) -> jax.Array:
+    """`[1,C] -> [C,1]`."""
+    i, j = _indices(row.shape[1])
+    return jnp.sum(jnp.where(i == j, row, 0.0), axis=1, keepdims=True)
+
+
+def _row(column: jax.Array) -> jax.Array:
+    """`[C,1] -> [1,C]`."""
+    i, j = _indices(column.shape[0])
+    return jnp.sum(jnp.where(i == j, column, 0.0), axis=0, keepdims=True)
+
+
+def _last(x: jax.Array) -> jax.Array:
+    """The last row, `[C,size] -> [1,size]`."""
+    row = lax.broadcasted_iota(jnp.int32, x.shape, 0)
+    return jnp.sum(jnp.where(row == x.shape[0] - 1, x, 0.0), axis=0, keepdims=True)
