@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import importlib.metadata
 import importlib.util
+import itertools
 import json
 import os
 import re
@@ -77,6 +78,7 @@ class Case:
       in_tests: whether the tests compile it too. Others take longer, though their kernels differ
         in the length of the walk only.
       plan: name of the plan of blocks that it is given, one of `PLANS`.
+      hidden: inner sizes of the network that a neural memory starts with; it has K memories.
     """
 
     op: str
@@ -91,29 +93,40 @@ class Case:
     sharded: bool = False
     in_tests: bool = False
     plan: str | None = None
+    hidden: tuple[int, ...] = ()
 
     @property
     def name(self) -> str:
         """As the table spells it."""
         options = " ".join(f"{name}={value}" for name, value in self.options.items())
+        options += "".join(f" hidden={size}" for size in self.hidden)
         sizes = " ".join(f"{name}={getattr(self, name)}" for name in "BTNKFH")
         how = "".join(f" {word}" for word in ("packed", "sharded") if getattr(self, word))
         return f"{self.plan or ''}{options}{how} {sizes}".strip()
 
-    def arrays(self) -> tuple[jax.ShapeDtypeStruct, ...]:
-        """q, k, v, and the output's gradient."""
-        heads = (self.N, self.F), (self.K, self.F), (self.K, self.H), (self.N, self.H)
-        return tuple(jax.ShapeDtypeStruct((self.B, self.T, *x), jnp.bfloat16) for x in heads)
+    def arrays(self) -> tuple[Any, ...]:
+        """The output's gradient, q, k, v, and what a neural memory takes besides."""
+        heads = (self.N, self.H), (self.N, self.F), (self.K, self.F), (self.K, self.H)
+        shape = self.B, self.T
+        given = tuple(jax.ShapeDtypeStruct((*shape, *x), jnp.bfloat16) for x in heads)
+        if self.op != "neural_memory":
+            return given
+        gate = jax.ShapeDtypeStruct((*shape, self.K), jnp.float32)
+        network = [
+            jax.ShapeDtypeStruct((self.K, *sizes), jnp.float32)
+            for sizes in itertools.pairwise((self.F, *self.hidden, self.H))
+        ]
+        return *given, gate, gate, gate, network
 
-    def gradients(self, q: jax.Array, k: jax.Array, v: jax.Array, g: jax.Array):
-        """The output and the gradients of q, k and v."""
+    def gradients(self, g: jax.Array, *arrays: Any):
+        """The output and the gradients of all arrays."""
         options = {**self.options, "implementation": "mosaic_tpu"}
         if self.packed:
-            options["segment_ids"] = jnp.zeros(q.shape[:2], jnp.int32)
+            options["segment_ids"] = jnp.zeros(g.shape[:2], jnp.int32)
         if self.plan is not None:
             options["plan"] = PLANS[self.plan](self)
         attend = functools.partial(getattr(ops, self.op), **options)
-        out, pull = jax.vjp(attend, q, k, v)
+        out, pull = jax.vjp(attend, *arrays)
         return out, *pull(g)
 
 
@@ -134,6 +147,7 @@ PLANS = {
 _TAYLOR = functools.partial(Case, op="linear_attention", options={"feature_map": "taylor"})
 _IDENTITY = functools.partial(Case, op="linear_attention", options={"feature_map": "identity"})
 _BLOCKS = functools.partial(Case, op="block_sparse_attention", options={})
+_MEMORY = functools.partial(Case, op="neural_memory", options={"chunk_size": 64})
 _LSSA = functools.partial(Case, op="softplus_attention", options={"power": None})
 _LSSAR = functools.partial(Case, op="softplus_attention", options={"power": 15.0})
 CASES = [
@@ -141,6 +155,10 @@ CASES = [
     _BLOCKS(plan="window of 4096, 4 sinks", T=16000, K=4, F=64, H=64),
     _BLOCKS(plan="a tenth of the blocks", T=131072, K=4, F=128, H=128),
     _BLOCKS(plan="window of 4096, 4 sinks", B=2, T=1000, N=8, K=2, F=64, H=128, in_tests=True),
+    _MEMORY(B=4, T=8192, N=4, K=4, F=64, H=64, hidden=(256,)),
+    _MEMORY(T=8192, N=8, K=8, F=128, H=128, hidden=(512,)),
+    _MEMORY(F=128, H=128),
+    _MEMORY(T=1000, N=4, K=2, F=64, H=64, hidden=(256,), packed=True, in_tests=True),
     _TAYLOR(F=16, H=64, in_tests=True),
     _TAYLOR(B=4, T=1000, N=8, K=2, F=16, H=128, packed=True, sharded=True, in_tests=True),
     _TAYLOR(F=32, H=64),
@@ -162,7 +180,9 @@ def compiled(case: Case, chip: str) -> Any:
         split = PartitionSpec("data")
         run = jax.shard_map(run, mesh=mesh, in_specs=split, out_specs=split, check_vma=False)
     here = NamedSharding(mesh, PartitionSpec("data"))
-    placed = (jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here) for x in case.arrays())
+    placed = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), case.arrays()
+    )
     with jax.default_device(devices[0]):  # what ops look at
         return jax.jit(run).lower(*placed).compile()
 
@@ -184,7 +204,7 @@ def record(case: Case) -> dict[str, Any]:
     """What one shape takes, forward and backward in one program, on every chip."""
     return {
         "case": case.name,
-        "argument_bytes": sum(x.size * x.dtype.itemsize for x in case.arrays()),
+        "argument_bytes": sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(case.arrays())),
         "chips": {chip: memory(compiled(case, chip)) for chip in CHIPS},
     }
 

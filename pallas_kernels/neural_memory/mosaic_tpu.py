@@ -13,10 +13,15 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.neural_memory.config import TpuLaunchConfig, tpu_heuristic
+from pallas_kernels.neural_memory.config import (
+    VMEM,
+    TpuLaunchConfig,
+    tpu_heuristic,
+    vmem_bytes,
+)
 from pallas_kernels.neural_memory.tpu_chunk import Arithmetic, Layers
 from pallas_kernels.neural_memory.tpu_sweeps import Kind, Plan, Tokens, gradients, outputs
-from pallas_kernels.tpu import DTYPES, PACKED_SUBLANES, SUBLANES
+from pallas_kernels.tpu import DTYPES, PACKED_SUBLANES
 
 
 def neural_memory(
@@ -61,11 +66,14 @@ def neural_memory(
     """
     B, n, C, M, G, F = q.shape
     sizes = (F, *(x.shape[-1] for x in state))
-    reason = objection(dtype=q.dtype, sizes=sizes, chunk=C)
+    reason = objection(dtype=q.dtype, groups=G, sizes=sizes, chunk=C)
     if reason is not None:
         raise ValueError(f"neural_memory: the mosaic_tpu kernels {reason}")
-    config = config or tpu_heuristic(memories=M, number=n, chunk=C, sizes=sizes)
-    slots, chunks = C + -C % PACKED_SUBLANES, n + -n % config.chunks
+    slots = _slots(C)
+    config = config or tpu_heuristic(
+        rows=B, memories=M, groups=G, number=n, chunk=slots, sizes=sizes, itemsize=q.dtype.itemsize
+    )
+    chunks = n + -n % config.chunks
     plan = Plan(
         Arithmetic(activate, q.dtype), groups=G, chunk=slots, heads=config.heads,
         chunks=config.chunks, interpret=interpret,
@@ -91,11 +99,23 @@ def neural_memory(
     return out.transpose(0, 3, 4, 1, 2, 5), state
 
 
-def objection(*, dtype, sizes: Sequence[int], chunk: int) -> str | None:
+def objection(*, dtype, groups: int, sizes: Sequence[int], chunk: int) -> str | None:
     """Why the kernels do not serve a call, in words, or None."""
     if dtype not in DTYPES:
         return f"take bfloat16 or float32, not {jnp.dtype(dtype).name}"
+    taken = vmem_bytes(1, 1, groups, _slots(chunk), sizes, jnp.dtype(dtype).itemsize)
+    if taken > VMEM:
+        return (
+            f"take up to {VMEM >> 20} MiB of VMEM, not {taken / 2**20:.0f}, as layers of sizes"
+            f" {' -> '.join(map(str, sizes))} and chunks of {chunk} need with {groups} queries a"
+            " token"
+        )
     return None
+
+
+def _slots(chunk: int) -> int:
+    """Slots of a chunk of so many tokens: whole tiles."""
+    return chunk + -chunk % PACKED_SUBLANES
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -4,7 +4,8 @@ The gradients of a chunk are all taken at one network, the anchor V_1 ... V_L. W
 of its layers for the keys, and E_l the gradients of |M(k) - v|² with respect to their outputs, the
 gradient of a token's loss with respect to a layer is the outer product of its rows of X_l and E_l:
 
-    Z_l = X_l V_l     X_1 = K, X_(l+1) = σ(Z_l)     E_L = 2 (Z_L - V)     E_l = (E_(l+1) V_(l+1)ᵀ) σ'(Z_l)
+    X_1 = K,  X_(l+1) = σ(Z_l),  Z_l = X_l V_l
+    E_L = 2 (Z_L - V),  E_l = (E_(l+1) V_(l+1)ᵀ) σ'(Z_l)
 
 Queries Y_1 = Q pass each layer at weights of their own each, which are never formed, and the chunk
 leaves its last token's:

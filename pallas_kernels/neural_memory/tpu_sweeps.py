@@ -23,6 +23,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.neural_memory.config import VMEM_LIMIT
 from pallas_kernels.neural_memory.tpu_chunk import Arithmetic, Chunk, Layers, Memory
 from pallas_kernels.neural_memory.tpu_gates import Gates
 from pallas_kernels.tpu import launch
@@ -120,12 +121,14 @@ def outputs(
       the last chunk.
     """
 
-    def neural_memory_outputs(kinds, q, k, v, gates, marks, start, fresh, out, starts, final, state):
+    def neural_memory_outputs(
+        kinds, q, k, v, gates, marks, start, fresh, out, starts, final, state, done
+    ):
         here, step = _place(plan), pl.program_id(2)
 
         @pl.when(step == 0)
         def _():
-            _copy([ref.at[here] for ref in start], state)
+            _copy([ref.at[here] for ref in start], state, done)
 
         for ref, kept in zip(state, starts, strict=True):
             kept[...] = ref[:, :ANCHOR]
@@ -133,7 +136,7 @@ def outputs(
         @pl.loop(0, plan.chunks)
         def _(i):
             kind = kinds[here[0], step * plan.chunks + i]
-            _begin(kind, state, [ref.at[:, ANCHOR] for ref in state], fresh, here)
+            _begin(kind, state, [ref.at[:, ANCHOR] for ref in state], fresh, here, done)
 
             @pl.when(kind == Kind.SKIPPED)
             def _():
@@ -153,7 +156,7 @@ def outputs(
 
         @pl.when(step == pl.num_programs(2) - 1)
         def _():
-            _copy(state, [ref.at[here] for ref in final])
+            _copy(state, [ref.at[here] for ref in final], done)
 
     blocks = _Blocks(plan, tokens)
     B, M = tokens.k.shape[:2]
@@ -167,7 +170,8 @@ def outputs(
         in_specs=(*blocks.inputs(), _in_hbm(start), _in_hbm(fresh)),
         out_specs=(blocks.outputs(), blocks.starts(start), _in_hbm(start)),
         out_type=(out, kept, _like(start)),
-        scratch=(_networks(start, plan.heads, 3),), interpret=plan.interpret,
+        scratch=(_networks(start, plan.heads, 3), pltpu.SemaphoreType.DMA(())),
+        interpret=plan.interpret, vmem_bytes=VMEM_LIMIT,
     )  # fmt: skip
 
 
@@ -184,16 +188,17 @@ def gradients(
 
     Arguments are those of `outputs`, states it kept, and gradients of its answers and final state.
     """
+
     def neural_memory_gradients(
         kinds, q, k, v, gates, marks, starts, d_out, start, fresh, d_final,
-        d_tokens, d_start, d_fresh, kept, anchor, d_state, d_new,
+        d_tokens, d_start, d_fresh, kept, anchor, d_state, d_new, done,
     ):  # fmt: skip
         here, step = _place(plan), pl.num_programs(2) - 1 - pl.program_id(2)
         d_q, d_k, d_v, d_gates = d_tokens
 
         @pl.when(pl.program_id(2) == 0)
         def _():
-            _copy([ref.at[here] for ref in d_final], d_state)
+            _copy([ref.at[here] for ref in d_final], d_state, done)
             for ref in d_new or ():
                 ref[...] = jnp.zeros(ref.shape, ref.dtype)
 
@@ -203,12 +208,13 @@ def gradients(
         def begin(i):
             """The kind of a chunk, whose memory and anchor are then ready."""
             kind, memory = kinds[here[0], step * plan.chunks + i], [ref.at[i] for ref in kept]
+
             # Only the first chunk of all can continue one.
             @pl.when(kind == Kind.CONTINUES)
             def _():
-                _copy([ref.at[(*here, ANCHOR)] for ref in start], anchor)
+                _copy([ref.at[(*here, ANCHOR)] for ref in start], anchor, done)
 
-            _begin(kind, memory, anchor, fresh, here)
+            _begin(kind, memory, anchor, fresh, here, done)
             return kind, memory
 
         @pl.loop(0, plan.chunks - 1)
@@ -239,7 +245,9 @@ def gradients(
             @pl.when(kind == Kind.SKIPPED)
             def _():
                 for ref in (d_q, d_k, d_v):
-                    ref[:, plan.rows(i), :] = jnp.zeros((len(ref), plan.chunk, ref.shape[2]), ref.dtype)
+                    ref[:, plan.rows(i), :] = jnp.zeros(
+                        (len(ref), plan.chunk, ref.shape[2]), ref.dtype
+                    )
                 d_gates[:, i] = jnp.zeros((plan.heads, 3, plan.chunk), jnp.float32)
 
             @pl.when(kind != Kind.SKIPPED)
@@ -281,9 +289,9 @@ def gradients(
 
         @pl.when(step == 0)
         def _():
-            _copy(d_state, [ref.at[here] for ref in d_start])
+            _copy(d_state, [ref.at[here] for ref in d_start], done)
             if d_new is not None:
-                _copy(d_new, [ref.at[here] for ref in d_fresh])
+                _copy(d_new, [ref.at[here] for ref in d_fresh], done)
 
     blocks, heads = _Blocks(plan, tokens, reverse=True), plan.heads
     return launch(
@@ -298,8 +306,9 @@ def gradients(
         scratch=(
             _networks(start, plan.chunks, heads, 2), _networks(start, heads),
             _networks(start, heads, 3), None if fresh is None else _networks(start, heads),
+            pltpu.SemaphoreType.DMA(()),
         ),
-        interpret=plan.interpret,
+        interpret=plan.interpret, vmem_bytes=VMEM_LIMIT,
     )  # fmt: skip
 
 
@@ -308,13 +317,15 @@ def _place(plan: Plan) -> tuple[Any, Any]:
     return pl.program_id(0), pl.ds(pl.program_id(1) * plan.heads, plan.heads)
 
 
-def _begin(kind, memory: list[Any], anchor: list[Any], fresh: Any, here: tuple[Any, Any]) -> None:
+def _begin(
+    kind, memory: list[Any], anchor: list[Any], fresh: Any, here: tuple[Any, Any], done: Any
+) -> None:
     """Replaces the network where a document begins, and the anchor where a chunk does."""
     if fresh is not None:
 
         @pl.when(kind == Kind.RENEWS)
         def _():
-            _copy([ref.at[here] for ref in fresh], [ref.at[:, WEIGHTS] for ref in memory])
+            _copy([ref.at[here] for ref in fresh], [ref.at[:, WEIGHTS] for ref in memory], done)
             for ref in memory:
                 ref[:, MOMENTUM] = jnp.zeros_like(ref[:, MOMENTUM])
 
@@ -345,9 +356,16 @@ def _store(state, head: int, memory: Memory) -> None:
         ref[head, MOMENTUM] = momentum
 
 
-def _copy(sources, targets) -> None:
-    for source, target in zip(sources, targets, strict=True):
-        pltpu.sync_copy(source, target)
+def _copy(sources: list[Any], targets: list[Any], done: Any) -> None:
+    """Copies between HBM and VMEM, and waits."""
+    copies = [
+        pltpu.make_async_copy(source, target, done)
+        for source, target in zip(sources, targets, strict=True)
+    ]
+    for copy in copies:
+        copy.start()
+    for copy in copies:
+        copy.wait()
 
 
 def _networks(layers: Layers, *copies: int) -> tuple[Any, ...]:

@@ -106,8 +106,10 @@ def objection(
     # Imported where it can run: it takes longer to import than the rest of the ops.
     from pallas_kernels.neural_memory import mosaic_tpu
 
-    layers = (sizes.F, *(x.shape[-1] for x in weights))
-    return mosaic_tpu.objection(dtype=dtype, sizes=layers, chunk=min(chunk, sizes.T))
+    return mosaic_tpu.objection(
+        dtype=dtype, groups=sizes.N // weights[0].shape[0], chunk=min(chunk, sizes.T),
+        sizes=(sizes.F, *(x.shape[-1] for x in weights)),
+    )  # fmt: skip
 
 
 def pays(**call) -> bool:
