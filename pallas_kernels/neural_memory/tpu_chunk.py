@@ -17,7 +17,6 @@ with b, f, G, m, P of `tpu_gates`. The backward sweep takes `jax.vjp` of this ve
 kernel is traced, second derivative of σ included.
 """
 
-import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -25,7 +24,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.neural_memory.tpu_gates import Coefficients, Gates, coefficients
-from pallas_kernels.tpu import dot
+from pallas_kernels.neural_memory.tpu_products import product
 
 Layers = tuple[jax.Array, ...]
 """A matrix `[in,out]` a layer, in float32."""
@@ -69,7 +68,7 @@ class Arithmetic(NamedTuple):
         self, memory: Memory, anchor: Layers, chunk: Chunk, used: jax.Array, first: jax.Array
     ) -> tuple[Memory, tuple[jax.Array, ...]]:
         """The memory after a chunk, and the answers to its queries; marks as for `coefficients`."""
-        coefs = coefficients(chunk.gates, used, first)
+        coefs = coefficients(chunk.gates, used, first, self.dtype)
         surprise = self.surprise(chunk.k, chunk.v, anchor)
         answers = tuple(self.read(q, memory, surprise, coefs) for q in chunk.q)
         return self.write(memory, surprise, coefs), answers
@@ -118,26 +117,4 @@ class Arithmetic(NamedTuple):
         return Memory(tuple(weights), tuple(momentum))
 
     def _product(self, a: jax.Array, b: jax.Array, contract: tuple[int, int] = (1, 0)) -> jax.Array:
-        return _product(a, b, contract, self.dtype)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _product(a: jax.Array, b: jax.Array, contract: tuple[int, int], dtype) -> jax.Array:
-    """A product of float32 tiles, rounded to `dtype` before, as are gradients in its backward."""
-    return dot(a.astype(dtype), b.astype(dtype), contract)
-
-
-def _product_forward(a, b, contract, dtype):
-    a, b = a.astype(dtype), b.astype(dtype)
-    return dot(a, b, contract), (a, b)
-
-
-def _product_backward(contract, dtype, operands, d_out):
-    (a, b), d_out = operands, d_out.astype(dtype)
-    ca, cb = contract
-    d_a = dot(d_out, b, (1, 1 - cb)) if ca else dot(b, d_out, (1 - cb, 1))
-    d_b = dot(d_out, a, (0, 1 - ca)) if cb else dot(a, d_out, (1 - ca, 0))
-    return d_a, d_b
-
-
-_product.defvjp(_product_forward, _product_backward)
+        return product(a, b, contract, self.dtype)

@@ -13,6 +13,7 @@ change nothing. Rows of a matrix, and columns `[C,1]`, are tokens that read; col
 `[1,C]`, are tokens that wrote.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -20,7 +21,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.tpu import dot
+from pallas_kernels.neural_memory.tpu_products import product
 
 
 class Gates(NamedTuple):
@@ -54,33 +55,41 @@ class Coefficients(NamedTuple):
     pending: jax.Array
 
 
-def coefficients(gates: Gates, used: jax.Array, first: jax.Array) -> Coefficients:
+def coefficients(gates: Gates, used: jax.Array, first: jax.Array, dtype) -> Coefficients:
     """The coefficients of a chunk; differentiable in the gates.
+
+    Those of the last token, which make the next state, are sums of float32 products, and need none
+    of the matrix products that make the others.
 
     Args:
       gates: learning rate, momentum and decay.
       used: whether a slot holds a token, `[1,C]`.
       first: whether a slot is the first of the chunk or of a document, `[1,C]`.
+      dtype: of the operands of matrix products.
     """
     rate = jnp.where(used, gates.learning_rate, 0.0)
     momentum = jnp.where(used, gates.momentum, 1.0)
     keep = jnp.where(used, 1 - gates.decay, 1.0)
-    a, p = (_between(jnp.where(first, 0.0, gate)) for gate in (keep, momentum))
-    kept = _sum_rows(a * jnp.where(first, keep, 0.0))
-    left = _sum_rows(p * jnp.where(first, momentum, 0.0))
-    p = p * rate
-    enters = _column(jnp.where(used, 1.0, 0.0)) > 0
-    carried = _sum_rows(a * _row(jnp.where(enters, left, 0.0)))
-    written = _product(a, jnp.where(enters, p, 0.0))
+    a, p = (_between(jnp.where(first, 0.0, gate), dtype) for gate in (keep, momentum))
+    keep, momentum = (jnp.where(first, gate, 0.0) for gate in (keep, momentum))
+    # What a slot without a token would add to the network, it does not.
+    entered = product(jnp.where(used, a, 0.0), p, (1, 0), dtype)
+    last_a, last_p = _last(a), _last(p)
+    last_entered = jnp.sum(_column(jnp.where(used, last_a, 0.0)) * p, axis=0, keepdims=True)
     return Coefficients(
-        kept, carried, written,
-        *(_last(x) for x in (kept, carried)), _column(_last(written)),
-        _last(left), _column(_last(p)),
-    )  # fmt: skip
+        kept=_sum_rows(a * keep),
+        carried=_sum_rows(entered * momentum),
+        written=entered * rate,
+        last_kept=_sum_rows(last_a * keep),
+        last_carried=_sum_rows(last_entered * momentum),
+        last_written=_column(last_entered * rate),
+        momentum=_sum_rows(last_p * momentum),
+        pending=_column(last_p * rate),
+    )
 
 
-@jax.custom_vjp
-def _between(gate: jax.Array) -> jax.Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _between(gate: jax.Array, dtype) -> jax.Array:
     """Products of gates `[1,C]` after each token (column), up to each later one (row)."""
     size = gate.shape[1]
     row, token = _indices(size)
@@ -93,31 +102,21 @@ def _between(gate: jax.Array) -> jax.Array:
     return jnp.where(row >= token, product, 0.0)
 
 
-def _between_forward(gate):
-    products = _between(gate)
+def _between_forward(gate, dtype):
+    products = _between(gate, dtype)
     return products, products
 
 
-def _between_backward(products, d_products):
+def _between_backward(dtype, products, d_products):
     """Gate s is a factor of row t, column i where i < s <= t: of A_ts A_(s-1)i."""
     row, token = _indices(products.shape[0])
     before = jnp.where(row >= 1, pltpu.roll(products, 1, 0), 0.0)
     d_products = jnp.where(row >= token, d_products, 0.0)
-    return (jnp.sum(products * dot(d_products, before, (1, 1)), axis=0, keepdims=True),)
+    sums = product(d_products, before, (1, 1), dtype)
+    return (jnp.sum(products * sums, axis=0, keepdims=True),)
 
 
 _between.defvjp(_between_forward, _between_backward)
-
-
-@jax.custom_vjp
-def _product(a: jax.Array, b: jax.Array) -> jax.Array:
-    return dot(a, b)
-
-
-_product.defvjp(
-    lambda a, b: (dot(a, b), (a, b)),
-    lambda ab, d: (dot(d, ab[1], (1, 1)), dot(ab[0], d, (0, 0))),
-)
 
 
 def _indices(size: int) -> list[jax.Array]:
@@ -126,7 +125,7 @@ def _indices(size: int) -> list[jax.Array]:
 
 
 def _sum_rows(x: jax.Array) -> jax.Array:
-    """`[C,C] -> [C,1]`."""
+    """`[rows,C] -> [rows,1]`."""
     return jnp.sum(x, axis=1, keepdims=True)
 
 
@@ -134,12 +133,6 @@ def _column(row: jax.Array) -> jax.Array:
     """`[1,C] -> [C,1]`."""
     i, j = _indices(row.shape[1])
     return jnp.sum(jnp.where(i == j, row, 0.0), axis=1, keepdims=True)
-
-
-def _row(column: jax.Array) -> jax.Array:
-    """`[C,1] -> [1,C]`."""
-    i, j = _indices(column.shape[0])
-    return jnp.sum(jnp.where(i == j, column, 0.0), axis=0, keepdims=True)
 
 
 def _last(x: jax.Array) -> jax.Array:

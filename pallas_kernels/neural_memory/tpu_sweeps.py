@@ -144,12 +144,14 @@ def outputs(
 
             @pl.when(kind != Kind.SKIPPED)
             def _():
-                for head in range(plan.heads):
-                    memory, anchor = _memory(state, head), tuple(ref[head, ANCHOR] for ref in state)
-                    chunk = _chunk(plan, head, i, q, k, v, gates)
-                    memory, answers = plan.arithmetic.advance(
-                        memory, anchor, chunk, *_marks(marks, i)
+                results = [
+                    plan.arithmetic.advance(
+                        _memory(state, head), tuple(ref[head, ANCHOR] for ref in state),
+                        _chunk(plan, head, i, q, k, v, gates), *_marks(marks, i),
                     )
+                    for head in range(plan.heads)
+                ]  # fmt: skip
+                for head, (memory, answers) in enumerate(results):
                     for n, answer in zip(plan.queries(head), answers, strict=True):
                         out[n, plan.rows(i), :] = answer.astype(out.dtype)
                     _store(state, head, memory)
