@@ -17,66 +17,48 @@ class TpuLaunchConfig:
     """How a call of the TPU kernels is cut up.
 
     Attributes:
-      heads: memories that a program walks side by side; divides the number of memories. Products of
-        one wait for one another; those of several do not.
-      chunks: chunks of a step. The gradient keeps the memory before each in VMEM, and that before
-        each step in HBM.
+      chunks: chunks of a step. The gradient keeps the memory before each chunk of a step in VMEM,
+        and the memory before each step in HBM.
 
     Raises:
       ValueError: for numbers that do not fit.
     """
 
-    heads: int = 1
     chunks: int = 4
 
     def __post_init__(self) -> None:
-        for name, most in (("heads", 8), ("chunks", 32)):
-            value = getattr(self, name)
-            if not 1 <= value <= most:
-                raise ValueError(
-                    f"TpuLaunchConfig.{name}: expected a whole number from 1 to {most},"
-                    f" got {value!r}"
-                )
+        if not 1 <= self.chunks <= 32:
+            raise ValueError(
+                f"TpuLaunchConfig.chunks: expected a whole number from 1 to 32, got {self.chunks!r}"
+            )
 
 
 def tpu_heuristic(
-    *,
-    rows: int,
-    memories: int,
-    groups: int,
-    number: int,
-    chunk: int,
-    sizes: Sequence[int],
-    itemsize: int,
+    *, number: int, groups: int, chunk: int, sizes: Sequence[int], itemsize: int
 ) -> TpuLaunchConfig:
-    """The launch parameters for a shape: as much a step as VMEM holds, up to 512 slots a memory.
+    """The launch parameters for a shape: steps of up to 512 slots, where VMEM holds that many.
 
-    Programs are left for both cores of a chip that has two. Nothing was timed on a TPU.
+    Programs of several memories were tried: the compiler's schedule of two took as long as twice
+    that of one. Nothing was timed on a TPU.
 
     Args:
-      rows: of the batch.
-      memories: of one row.
-      groups: query heads that read one memory.
       number: chunks of a row.
+      groups: query heads that read one memory.
       chunk: slots of a chunk.
       sizes: of the layers of the network: of keys, of hidden units, of values.
       itemsize: bytes of an element of q.
     """
-    fitting = [
-        TpuLaunchConfig(heads=heads, chunks=chunks)
-        for heads in (1, 2, 4)
-        for chunks in (1, 2, 4, 8)
-        if memories % heads == 0
-        and (heads == 1 or rows * memories >= 2 * heads)
-        and (chunks == 1 or (chunks * chunk <= 512 and chunks < 2 * number))
-        and vmem_bytes(heads, chunks, groups, chunk, sizes, itemsize) <= VMEM
-    ]
-    return max(fitting, key=lambda x: (x.heads * x.chunks, x.heads), default=TpuLaunchConfig())
+    fitting = (
+        chunks
+        for chunks in (16, 8, 4, 2)
+        if chunks * chunk <= 512
+        and chunks < 2 * number
+        and vmem_bytes(chunks, groups, chunk, sizes, itemsize) <= VMEM
+    )
+    return TpuLaunchConfig(chunks=next(fitting, 1))
 
 
-def vmem_bytes(
-    heads: int, chunks: int, groups: int, chunk: int, sizes: Sequence[int], itemsize: int
-) -> int:
+def vmem_bytes(chunks: int, groups: int, chunk: int, sizes: Sequence[int], itemsize: int) -> int:
     """What the gradient's kernel takes, from above: fitted to what the compiler says of shapes."""
     wide = [size + -size % LANES for size in sizes]
     network = 4 * sum(
@@ -84,10 +66,10 @@ def vmem_bytes(
     )
     # Memories before each chunk, the anchor, the four parts of the gradient, and two blocks of
     # memories before a step. Three times the bytes, in products of float32: they are split.
-    state = heads * network * (2 * chunks + 9) + (itemsize == 4) * 16 * network
+    state = network * (2 * chunks + 9) + (itemsize == 4) * 16 * network
     # q, k, v, and gradients of these and of answers, twice as one block is loaded behind another.
     tokens = (2 * groups + 2) * wide[0] + (groups + 2) * wide[-1]
-    blocks = 2 * heads * chunks * chunk * tokens * itemsize
+    blocks = 2 * chunks * chunk * tokens * itemsize
     scores, hidden = chunk * max(chunk, LANES), chunk * sum(wide[1:])
     values = 4 * (12 * scores + (4 + 10 * groups) * hidden)
     return state + blocks + values

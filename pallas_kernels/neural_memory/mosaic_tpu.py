@@ -71,11 +71,11 @@ def neural_memory(
         raise ValueError(f"neural_memory: the mosaic_tpu kernels {reason}")
     slots = _slots(C)
     config = config or tpu_heuristic(
-        rows=B, memories=M, groups=G, number=n, chunk=slots, sizes=sizes, itemsize=q.dtype.itemsize
+        number=n, groups=G, chunk=slots, sizes=sizes, itemsize=q.dtype.itemsize
     )
     chunks = n + -n % config.chunks
     plan = Plan(
-        Arithmetic(activate, q.dtype), groups=G, chunk=slots, heads=config.heads,
+        Arithmetic(activate, q.dtype), groups=G, chunk=slots,
         chunks=config.chunks, interpret=interpret,
     )  # fmt: skip
 
@@ -103,7 +103,7 @@ def objection(*, dtype, groups: int, sizes: Sequence[int], chunk: int) -> str | 
     """Why the kernels do not serve a call, in words, or None."""
     if dtype not in DTYPES:
         return f"take bfloat16 or float32, not {jnp.dtype(dtype).name}"
-    taken = vmem_bytes(1, 1, groups, _slots(chunk), sizes, jnp.dtype(dtype).itemsize)
+    taken = vmem_bytes(1, groups, _slots(chunk), sizes, jnp.dtype(dtype).itemsize)
     if taken > VMEM:
         return (
             f"take up to {VMEM >> 20} MiB of VMEM, not {taken / 2**20:.0f}, as layers of sizes"

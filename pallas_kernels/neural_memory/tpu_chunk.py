@@ -109,7 +109,7 @@ class Arithmetic(NamedTuple):
         weights, momentum = [], []
         for w, s, inputs, errors in zip(*memory, *surprise, strict=True):
             written, pending = (
-                self._product(share * inputs, errors, (0, 0))
+                self._product(inputs, share * errors, (0, 0))
                 for share in (coefs.last_written, coefs.pending)
             )
             weights.append(coefs.last_kept * w + coefs.last_carried * s - written)

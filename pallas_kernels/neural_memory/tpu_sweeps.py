@@ -1,13 +1,10 @@
-r"""The sweeps of the TPU kernels: a few memories at a time, chunk after chunk, all state in VMEM.
+r"""The sweeps of the TPU kernels: one memory at a time, chunk after chunk, all state in VMEM.
 
     outputs    walks the chunks in order, and leaves network and momentum as each STEP found them;
                a step is several chunks, so that this is little.
     gradients  walks the steps in reverse. Within one it first advances the memory through its
                chunks once more, keeping what each began with, and then pulls the gradients back
                through them, recomputing the rest.
-
-The memories of a step do not depend on one another, which gives the compiler products to fill the
-wait for others with: those of one memory are a chain. Nothing was timed on a TPU.
 
 Per token of a memory with sizes H -> F -> H and chunks of C, `outputs` takes 11 H F + 2 C (H + F) +
 2 C² multiplications, `gradients` about three times that, from 8 H + 24 bytes of bfloat16 tokens and
@@ -56,7 +53,6 @@ class Plan:
       arithmetic: of a chunk.
       groups: query heads that read one memory, G.
       chunk: slots of a chunk, C.
-      heads: memories a step walks side by side.
       chunks: chunks of a step.
       interpret: whether to run in the TPU simulator.
     """
@@ -64,17 +60,17 @@ class Plan:
     arithmetic: Arithmetic
     groups: int
     chunk: int
-    heads: int
     chunks: int
     interpret: bool = False
+
+    @property
+    def heads(self) -> range:
+        """The query heads of a memory."""
+        return range(self.groups)
 
     def rows(self, i) -> pl.Slice:
         """Rows of the i-th chunk of a step."""
         return pl.ds(pl.multiple_of(i * self.chunk, self.chunk), self.chunk)
-
-    def queries(self, head: int) -> range:
-        """The query heads of a memory."""
-        return range(head * self.groups, (head + 1) * self.groups)
 
 
 @jax.tree_util.register_dataclass
@@ -124,19 +120,19 @@ def outputs(
     def neural_memory_outputs(
         kinds, q, k, v, gates, marks, start, fresh, out, starts, final, state, done
     ):
-        here, step = _place(plan), pl.program_id(2)
+        here, step = _place(), pl.program_id(2)
 
         @pl.when(step == 0)
         def _():
             _copy([ref.at[here] for ref in start], state, done)
 
         for ref, kept in zip(state, starts, strict=True):
-            kept[...] = ref[:, :ANCHOR]
+            kept[...] = ref[:ANCHOR]
 
         @pl.loop(0, plan.chunks)
         def _(i):
             kind = kinds[here[0], step * plan.chunks + i]
-            _begin(kind, state, [ref.at[:, ANCHOR] for ref in state], fresh, here, done)
+            _begin(kind, state, [ref.at[ANCHOR] for ref in state], fresh, here, done)
 
             @pl.when(kind == Kind.SKIPPED)
             def _():
@@ -144,17 +140,13 @@ def outputs(
 
             @pl.when(kind != Kind.SKIPPED)
             def _():
-                results = [
-                    plan.arithmetic.advance(
-                        _memory(state, head), tuple(ref[head, ANCHOR] for ref in state),
-                        _chunk(plan, head, i, q, k, v, gates), *_marks(marks, i),
-                    )
-                    for head in range(plan.heads)
-                ]  # fmt: skip
-                for head, (memory, answers) in enumerate(results):
-                    for n, answer in zip(plan.queries(head), answers, strict=True):
-                        out[n, plan.rows(i), :] = answer.astype(out.dtype)
-                    _store(state, head, memory)
+                memory, answers = plan.arithmetic.advance(
+                    _memory(state), tuple(ref[ANCHOR] for ref in state),
+                    _chunk(plan, i, q, k, v, gates), *_marks(marks, i),
+                )  # fmt: skip
+                for head, answer in enumerate(answers):
+                    out[head, plan.rows(i), :] = answer.astype(out.dtype)
+                _store(state, memory)
 
         @pl.when(step == pl.num_programs(2) - 1)
         def _():
@@ -172,7 +164,7 @@ def outputs(
         in_specs=(*blocks.inputs(), _in_hbm(start), _in_hbm(fresh)),
         out_specs=(blocks.outputs(), blocks.starts(start), _in_hbm(start)),
         out_type=(out, kept, _like(start)),
-        scratch=(_networks(start, plan.heads, 3), pltpu.SemaphoreType.DMA(())),
+        scratch=(_networks(start, 3), pltpu.SemaphoreType.DMA(())),
         interpret=plan.interpret, vmem_bytes=VMEM_LIMIT,
     )  # fmt: skip
 
@@ -195,7 +187,7 @@ def gradients(
         kinds, q, k, v, gates, marks, starts, d_out, start, fresh, d_final,
         d_tokens, d_start, d_fresh, kept, anchor, d_state, d_new, done,
     ):  # fmt: skip
-        here, step = _place(plan), pl.num_programs(2) - 1 - pl.program_id(2)
+        here, step = _place(), pl.num_programs(2) - 1 - pl.program_id(2)
         d_q, d_k, d_v, d_gates = d_tokens
 
         @pl.when(pl.program_id(2) == 0)
@@ -231,13 +223,11 @@ def gradients(
 
             @pl.when(kind != Kind.SKIPPED)
             def _():
-                for head in range(plan.heads):
-                    chunk = _chunk(plan, head, i, q, k, v, gates)._replace(q=())
-                    after, _ = plan.arithmetic.advance(
-                        _memory(memory, head), tuple(ref[head] for ref in anchor), chunk,
-                        *_marks(marks, i),
-                    )  # fmt: skip
-                    _store(following, head, after)
+                chunk = _chunk(plan, i, q, k, v, gates)._replace(q=())
+                after, _ = plan.arithmetic.advance(
+                    _memory(memory), tuple(ref[...] for ref in anchor), chunk, *_marks(marks, i)
+                )
+                _store(following, after)
 
         @pl.loop(0, plan.chunks)
         def _(j):
@@ -247,46 +237,43 @@ def gradients(
             @pl.when(kind == Kind.SKIPPED)
             def _():
                 for ref in (d_q, d_k, d_v):
-                    ref[:, plan.rows(i), :] = jnp.zeros(
-                        (len(ref), plan.chunk, ref.shape[2]), ref.dtype
-                    )
-                d_gates[:, i] = jnp.zeros((plan.heads, 3, plan.chunk), jnp.float32)
+                    rows = ref.at[..., plan.rows(i), :]
+                    rows[...] = jnp.zeros(rows.shape, rows.dtype)
+                d_gates[i] = jnp.zeros((3, plan.chunk), jnp.float32)
 
             @pl.when(kind != Kind.SKIPPED)
             def _():
-                for head in range(plan.heads):
-                    used, first = _marks(marks, i)
-                    _, pull = jax.vjp(
-                        lambda *x: plan.arithmetic.advance(*x, used, first),  # noqa: B023
-                        _memory(memory, head), tuple(ref[head] for ref in anchor),
-                        _chunk(plan, head, i, q, k, v, gates),
-                    )  # fmt: skip
-                    answers = tuple(
-                        d_out[n, plan.rows(i), :].astype(jnp.float32) for n in plan.queries(head)
-                    )
-                    d_memory, d_anchor, d_chunk = pull((_memory(d_state, head), answers))
-                    for n, d in zip(plan.queries(head), d_chunk.q, strict=True):
-                        d_q[n, plan.rows(i), :] = d.astype(d_q.dtype)
-                    d_k[head, plan.rows(i), :] = d_chunk.k.astype(d_k.dtype)
-                    d_v[head, plan.rows(i), :] = d_chunk.v.astype(d_v.dtype)
-                    for row, d in enumerate(d_chunk.gates):
-                        d_gates[head, i, row : row + 1, :] = d
-                    _store(d_state, head, d_memory)
-                    for ref, d in zip(d_state, d_anchor, strict=True):
-                        ref[head, ANCHOR] += d
+                used, first = _marks(marks, i)
+                _, pull = jax.vjp(
+                    lambda *x: plan.arithmetic.advance(*x, used, first),
+                    _memory(memory), tuple(ref[...] for ref in anchor),
+                    _chunk(plan, i, q, k, v, gates),
+                )  # fmt: skip
+                rows = plan.rows(i)
+                d_answers = tuple(d_out[head, rows, :].astype(jnp.float32) for head in plan.heads)
+                d_memory, d_anchor, d_chunk = pull((_memory(d_state), d_answers))
+                for head in plan.heads:
+                    d_q[head, rows, :] = d_chunk.q[head].astype(d_q.dtype)
+                d_k[rows, :] = d_chunk.k.astype(d_k.dtype)
+                d_v[rows, :] = d_chunk.v.astype(d_v.dtype)
+                for row, d in enumerate(d_chunk.gates):
+                    d_gates[i, row : row + 1, :] = d
+                _store(d_state, d_memory)
+                for ref, d in zip(d_state, d_anchor, strict=True):
+                    ref[ANCHOR] += d
 
             @pl.when(kind >= Kind.STARTS)
             def _():
                 for ref in d_state:
-                    ref[:, WEIGHTS] += ref[:, ANCHOR]
-                    ref[:, ANCHOR] = jnp.zeros_like(ref[:, ANCHOR])
+                    ref[WEIGHTS] += ref[ANCHOR]
+                    ref[ANCHOR] = jnp.zeros_like(ref[ANCHOR])
 
             if d_new is not None:
 
                 @pl.when(kind == Kind.RENEWS)
                 def _():
                     for ref, new in zip(d_state, d_new, strict=True):
-                        new[...] += ref[:, WEIGHTS]
+                        new[...] += ref[WEIGHTS]
                         ref[...] = jnp.zeros(ref.shape, ref.dtype)
 
         @pl.when(step == 0)
@@ -295,7 +282,7 @@ def gradients(
             if d_new is not None:
                 _copy(d_new, [ref.at[here] for ref in d_fresh], done)
 
-    blocks, heads = _Blocks(plan, tokens, reverse=True), plan.heads
+    blocks = _Blocks(plan, tokens, reverse=True)
     return launch(
         neural_memory_gradients, *tokens.blocked, starts, d_out, start, fresh, d_final,
         grid=blocks.grid, sequential=1, scalars=(tokens.kinds,),
@@ -306,17 +293,17 @@ def gradients(
         out_specs=(blocks.gradients(), _in_hbm(start), _in_hbm(fresh)),
         out_type=(_like(tokens.blocked[:4]), _like(start), _like(fresh)),
         scratch=(
-            _networks(start, plan.chunks, heads, 2), _networks(start, heads),
-            _networks(start, heads, 3), None if fresh is None else _networks(start, heads),
+            _networks(start, plan.chunks, 2), _networks(start), _networks(start, 3),
+            None if fresh is None else _networks(start),
             pltpu.SemaphoreType.DMA(()),
         ),
         interpret=plan.interpret, vmem_bytes=VMEM_LIMIT,
     )  # fmt: skip
 
 
-def _place(plan: Plan) -> tuple[Any, Any]:
-    """Which row of the batch, and which memories of it, a program walks."""
-    return pl.program_id(0), pl.ds(pl.program_id(1) * plan.heads, plan.heads)
+def _place() -> tuple[Any, Any]:
+    """Which row of the batch, and which memory of it, a program walks."""
+    return pl.program_id(0), pl.program_id(1)
 
 
 def _begin(
@@ -327,35 +314,35 @@ def _begin(
 
         @pl.when(kind == Kind.RENEWS)
         def _():
-            _copy([ref.at[here] for ref in fresh], [ref.at[:, WEIGHTS] for ref in memory], done)
+            _copy([ref.at[here] for ref in fresh], [ref.at[WEIGHTS] for ref in memory], done)
             for ref in memory:
-                ref[:, MOMENTUM] = jnp.zeros_like(ref[:, MOMENTUM])
+                ref[MOMENTUM] = jnp.zeros_like(ref[MOMENTUM])
 
     @pl.when(kind >= Kind.STARTS)
     def _():
         for ref, weights in zip(anchor, memory, strict=True):
-            ref[...] = weights[:, WEIGHTS]
+            ref[...] = weights[WEIGHTS]
 
 
-def _chunk(plan: Plan, head: int, i, q, k, v, gates) -> Chunk:
+def _chunk(plan: Plan, i, q, k, v, gates) -> Chunk:
     rows = plan.rows(i)
-    queries = tuple(q[n, rows, :].astype(jnp.float32) for n in plan.queries(head))
-    k, v = (x[head, rows, :].astype(jnp.float32) for x in (k, v))
-    return Chunk(queries, k, v, Gates(*(gates[head, i, row : row + 1, :] for row in range(3))))
+    queries = tuple(q[head, rows, :].astype(jnp.float32) for head in plan.heads)
+    k, v = (x[rows, :].astype(jnp.float32) for x in (k, v))
+    return Chunk(queries, k, v, Gates(*(gates[i, row : row + 1, :] for row in range(3))))
 
 
 def _marks(marks, i) -> tuple[jax.Array, jax.Array]:
     return marks[i, 0:1, :] > 0, marks[i, 1:2, :] > 0
 
 
-def _memory(state, head: int) -> Memory:
-    return Memory(*(tuple(ref[head, part] for ref in state) for part in (WEIGHTS, MOMENTUM)))
+def _memory(state) -> Memory:
+    return Memory(*(tuple(ref[part] for ref in state) for part in (WEIGHTS, MOMENTUM)))
 
 
-def _store(state, head: int, memory: Memory) -> None:
+def _store(state, memory: Memory) -> None:
     for ref, weights, momentum in zip(state, *memory, strict=True):
-        ref[head, WEIGHTS] = weights
-        ref[head, MOMENTUM] = momentum
+        ref[WEIGHTS] = weights
+        ref[MOMENTUM] = momentum
 
 
 def _copy(sources: list[Any], targets: list[Any], done: Any) -> None:
@@ -395,7 +382,7 @@ class _Blocks(NamedTuple):
     @property
     def grid(self) -> tuple[int, int, int]:
         (B, M), n = self.tokens.k.shape[:2], self.tokens.kinds.shape[1]
-        return B, M // self.plan.heads, n // self.plan.chunks
+        return B, M, n // self.plan.chunks
 
     def inputs(self) -> tuple[pl.BlockSpec, ...]:
         """Of q, k, v, gates and marks."""
@@ -407,7 +394,7 @@ class _Blocks(NamedTuple):
         """Of q, k, v and gates."""
         plan = self.plan
         F, H = self.tokens.k.shape[3], self.tokens.v.shape[3]
-        gates = self._spec((None, plan.heads, plan.chunks, 3, plan.chunk), "bms00")
+        gates = self._spec((None, None, plan.chunks, 3, plan.chunk), "bms00")
         return self._tokens(F, plan.groups), self._tokens(F), self._tokens(H), gates
 
     def outputs(self) -> pl.BlockSpec:
@@ -416,15 +403,14 @@ class _Blocks(NamedTuple):
 
     def starts(self, layers: Layers) -> tuple[pl.BlockSpec, ...]:
         """Of the memory before a step."""
-        block = None, self.plan.heads, None, 2
-        return tuple(self._spec((*block, *x.shape[-2:]), "bms000") for x in layers)
+        return tuple(self._spec((None, None, None, 2, *x.shape[-2:]), "bms000") for x in layers)
 
-    def _tokens(self, size: int, groups: int = 1) -> pl.BlockSpec:
+    def _tokens(self, size: int, heads: int | None = None) -> pl.BlockSpec:
         plan = self.plan
-        return self._spec((None, plan.heads * groups, plan.chunks * plan.chunk, size), "bms0")
+        return self._spec((None, heads, plan.chunks * plan.chunk, size), "bms0")
 
     def _spec(self, block: tuple[int | None, ...], places: str) -> pl.BlockSpec:
-        """A block, and whose place each of its axes has: the row's, the memories', the step's."""
+        """A block, and whose place each of its axes has: the row's, the memory's, the step's."""
 
         def index(b, m, i, _):
             where = {"b": b, "m": m, "s": self.grid[2] - 1 - i if self.reverse else i, "0": 0}

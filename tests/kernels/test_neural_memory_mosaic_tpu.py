@@ -17,12 +17,12 @@ from pallas_kernels.neural_memory.config import VMEM_LIMIT, TpuLaunchConfig, tpu
 PACKED = [[0] * 9 + [1] * 25 + [2] + [3] * 2 + [-1] * 2 + [4] * 5, [-1] * 44]
 
 CASES = {
-    # name: (B, T, N, K, sizes of layers), options, documents, dtype, launch
+    # name: (B, T, N, K, sizes of layers), options, documents, dtype, chunks
     "two layers, packed, going on inside a chunk, grouped queries, float32": (
-        (2, 44, 2, 1, (8, 12, 16)), {"chunk_size": 12}, PACKED, jnp.float32, {"chunks": 4},
+        (2, 44, 2, 1, (8, 12, 16)), {"chunk_size": 12}, PACKED, jnp.float32, 4,
     ),
-    "one layer, ragged, two memories side by side, bfloat16": (
-        (1, 70, 2, 2, (16, 8)), {"chunk_size": 16}, None, jnp.bfloat16, {"heads": 2, "chunks": 3},
+    "one layer, ragged, bfloat16": (
+        (1, 70, 2, 2, (16, 8)), {"chunk_size": 16}, None, jnp.bfloat16, 3,
     ),
 }  # fmt: skip
 
@@ -88,9 +88,9 @@ def assert_close(got, want, tolerance):
 
 @pytest.mark.parametrize("name", CASES)
 def test_values_states_and_every_gradient_agree_with_the_xla_form(name, monkeypatch):
-    (*shape, sizes), options, documents, dtype, launch = CASES[name]
+    (*shape, sizes), options, documents, dtype, chunks = CASES[name]
     simulated = functools.partial(
-        mosaic_tpu.neural_memory, config=TpuLaunchConfig(**launch), interpret=True
+        mosaic_tpu.neural_memory, config=TpuLaunchConfig(chunks=chunks), interpret=True
     )
     monkeypatch.setattr(mosaic_tpu, "neural_memory", simulated)
     arrays = inputs(*shape, sizes, dtype, **options)
@@ -119,23 +119,13 @@ def test_they_compile_for_every_tpu_as_recorded():
 
 
 def test_launch_parameters_suit_the_shape():
-    paper = {
-        "rows": 4, "memories": 4, "groups": 1, "number": 128, "chunk": 64,
-        "sizes": (64, 256, 64), "itemsize": 2,
-    }  # fmt: skip
-    assert tpu_heuristic(**paper) == TpuLaunchConfig(heads=4, chunks=8)
-    assert tpu_heuristic(**paper | {"memories": 3}).heads == 1
-    assert tpu_heuristic(**paper | {"rows": 1}).heads == 2  # a program for each core
-    assert tpu_heuristic(**paper | {"number": 1}).chunks == 1
-    assert tpu_heuristic(**paper | {"chunk": 512}) == TpuLaunchConfig(heads=1, chunks=1)
-    wide = tpu_heuristic(**paper | {"sizes": (128, 512, 128)})
-    assert wide == TpuLaunchConfig(heads=2, chunks=4)
-
-
-@pytest.mark.parametrize(("name", "value"), [("heads", 0), ("chunks", 33)])
-def test_launch_parameters_are_checked(name, value):
-    with pytest.raises(ValueError, match=rf"TpuLaunchConfig.{name}: expected a whole number"):
-        TpuLaunchConfig(**{name: value})
+    shape = {"number": 128, "groups": 1, "chunk": 64, "sizes": (64, 256, 64), "itemsize": 2}
+    assert tpu_heuristic(**shape).chunks == 8
+    assert tpu_heuristic(**shape | {"chunk": 256}).chunks == 2
+    assert tpu_heuristic(**shape | {"number": 3}).chunks == 4
+    assert tpu_heuristic(**shape | {"sizes": (128, 512, 512, 128)}).chunks == 4
+    with pytest.raises(ValueError, match=r"TpuLaunchConfig.chunks: expected a whole number"):
+        TpuLaunchConfig(chunks=33)
 
 
 @pytest.mark.parametrize(
