@@ -157,6 +157,7 @@ def _start(weights: Sequence[Array], tokens: chunked.Tokens) -> NeuralMemoryStat
     # Sums with zero, so that the state varies over a mesh just as the tokens do.
     vary = tokens.learning_rate[:, 0] + tokens.momentum[:, 0] + tokens.decay[:, 0]
     vary += (tokens.k[:, 0, :, 0] + tokens.v[:, 0, :, 0]).astype(vary.dtype)
+    vary = jax.lax.stop_gradient(vary)
     start, still = (
         tuple(x.astype(vary.dtype) + 0 * vary[..., None, None] for x in layers)
         for layers in (state.weights, state.momentum)
