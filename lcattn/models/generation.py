@@ -25,7 +25,7 @@ def generate(
 ) -> Int[Array, "B L"]:
     """Continues each prompt by `num_tokens` tokens.
 
-    The prompt is read by one call of `extend`, each new token by another under `lax.scan`; the
+    The prompt is read by one call of `advance`, each token by one of `extend` under `lax.scan`; the
     cost of a token depends on the state only. Compiled once for each model structure and shape.
 
     Args:
@@ -66,7 +66,8 @@ def generate(
 def _generate(graph, parameters, prompt, rng, *, num_tokens, temperature, top_k, top_p):
     model = nnx.merge(graph, parameters)
     state = model.init_state(prompt.shape[0], prompt.shape[1] + num_tokens)
-    logits, state = model.extend(prompt, state)
+    h, state = model.advance(prompt, state)
+    logits, _ = model.unembed(h[:, -1:])
     draw = functools.partial(sample, temperature=temperature, top_k=top_k, top_p=top_p)
 
     def step(carry, key):

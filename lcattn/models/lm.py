@@ -230,13 +230,21 @@ class LM(nnx.Module):
 
     def extend(self, tokens: Tokens, state: LMState) -> tuple[Logits, LMState]:
         """Continues each stream by `[B,T]` tokens; cut as you like, the logits are the same."""
+        h, state = self.advance(tokens, state)
+        return self.unembed(h)[0], state
+
+    def advance(self, tokens: Tokens, state: LMState) -> tuple[Hidden, LMState]:
+        """As `extend`, but with the stream after the last block in place of its logits.
+
+        Who needs few of the logits, as of a prompt, calls `unembed` on their part of it.
+        """
         if len(state.layers) != len(self.blocks):
             raise argument_error("state", f"{len(self.blocks)} layers", len(state.layers))
         h, layers = self.embed(tokens), []
         for block, layer in zip(self.blocks, state.layers, strict=True):
             h, layer = block.extend(h, layer, tokens)
             layers.append(layer)
-        return self.unembed(h)[0], LMState(tuple(layers))
+        return h, LMState(tuple(layers))
 
     def state_bytes(self, length: int, dtype: Any = None) -> int:
         """Bytes of state of one stream of `length` tokens, over all layers."""

@@ -109,7 +109,8 @@ def test_in_context_classification(argv, tmp_path):
     assert np.shape(results["full"]["metrics"]["ic/accuracy"]) == (3, 2)
     assert "beta1" in results["two_parameter"]["metrics"]
     text = (tmp_path / "run/report.md").read_text()
-    assert "| three logits, L = 32: loss at step 100 | 3.05 | reconstruction | 3.05 |" in text
+    row = "three logits, L = 32 | loss at step 100 | 3.05 | 3.05 | +0.002 | 3.05 | reconstruction"
+    assert f"| {row} |" in text
     assert "256 classes" not in text  # was not run
     reporting.regenerate(tmp_path / "run")
     assert (tmp_path / "run/report.md").read_text() == text

@@ -19,8 +19,8 @@ def test_example_runs_as_printed():
     assert printed.startswith("(1, 4096, 8, 16) (1, 4096, 8, 16) state: (1, 8, 153, 16)")
 
 
-def test_reports_of_records_are_in_step():
-    stale = [path for path, text in readme.reports().items() if path.read_text() != text]
+def test_pages_of_records_are_in_step():
+    stale = [path for path, text in readme.pages().items() if path.read_text() != text]
     assert not stale, "run: make docs"
 
 

@@ -1,5 +1,7 @@
 """What linear attention, and its Taylor similarity, must do by theory."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -217,3 +219,29 @@ def test_bad_arguments_are_named(no_type_hook, qkv):
     for message, (arrays, options) in bad.items():
         with pytest.raises(ValueError, match=message):
             linear_attention(*arrays, **options)
+
+
+@pytest.mark.parametrize("feature_map", ["taylor", "identity"])
+def test_one_token_takes_the_step_and_gives_what_chunks_give(qkv, feature_map):
+    past, token = ([x[:, :20] for x in qkv], [x[:, 20:21] for x in qkv])
+    _, state = linear_attention(*past, feature_map=feature_map, return_state=True)
+    cotangent = draw(5, B, 1, N, H)
+
+    @functools.partial(jax.jit, static_argnums=2)
+    def run(token, state, implementation):
+        def step(token, state):
+            return linear_attention(
+                *token, feature_map=feature_map, initial_state=state, return_state=True,
+                implementation=implementation,
+            )  # fmt: skip
+
+        (out, after), pull = jax.vjp(step, token, state)
+        return out, after, pull((cotangent, jax.tree.map(jnp.ones_like, after)))
+
+    expected, automatic = run(token, state, "xla"), run(token, state, None)
+    for got, want in zip(*map(jax.tree.leaves, (automatic, expected)), strict=True):
+        assert_close("step", got, want, 2e-6)
+    named = run(token, state, "step")
+    assert all(map(jnp.array_equal, *map(jax.tree.leaves, (automatic, named))))
+    with pytest.raises(ValueError, match="one token"):
+        linear_attention(*qkv, implementation="step")

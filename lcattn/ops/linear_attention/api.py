@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from lcattn.errors import argument_error
 from lcattn.ops import checks, dispatch
-from lcattn.ops.linear_attention import chunked, features, kernel, recurrent, tpu_kernel
+from lcattn.ops.linear_attention import chunked, features, kernel, recurrent, step, tpu_kernel
 from lcattn.ops.linear_attention.features import FeatureMap
 from lcattn.ops.linear_attention.state import (
     LinearAttentionState,
@@ -35,6 +35,7 @@ dispatch.declare(
         "mosaic_tpu": dispatch.Implementation(
             tpu_kernel.attend, tpu_kernel.objection, tpu_kernel.pays
         ),
+        "step": dispatch.Implementation(step.attend, step.objection),
         "xla": dispatch.Implementation(_by_sums(chunked.attend)),
         "reference": dispatch.Implementation(_by_sums(recurrent.attend)),
     },
@@ -93,8 +94,8 @@ def linear_attention(
       chunk_size: tokens a chunk; default: by length. Changes speed and memory, never the result.
       implementation: "mosaic_gpu" and "mosaic_tpu" (kernels for Hopper GPUs and for TPUs; their
         gradient cannot be differentiated again, and over several devices they belong inside
-        `jax.shard_map(..., check_vma=False)`), "xla" (chunks), "reference" (token by token), or
-        None for the best that serves.
+        `jax.shard_map(..., check_vma=False)`), "step" (one token: T = 1), "xla" (chunks),
+        "reference" (token by token), or None for the best that serves.
 
     Returns:
       `[B,T,N,H]`, or that and the final `LinearAttentionState`.

@@ -66,10 +66,12 @@ def with_normalizer(v: Array, normalize: bool) -> Array:
 
 def divided(sums: Array, normalize: bool) -> Array:
     """Weighted sums over the sum of weights, their last column; 0 where that is 0."""
-    if not normalize:
-        return sums
-    total = sums[..., -1:]
-    return jnp.where(total == 0, 0, sums[..., :-1] / jnp.where(total == 0, 1, total))
+    return quotient(sums[..., :-1], sums[..., -1:]) if normalize else sums
+
+
+def quotient(sums: Array, total: Array) -> Array:
+    """`sums / total`; 0 where the total is 0."""
+    return jnp.where(total == 0, 0, sums / jnp.where(total == 0, 1, total))
 
 
 def checked(

@@ -1,0 +1,130 @@
+"""Tokens a second that BASED and a softmax transformer of one size generate, in one process.
+
+    python -m benchmarks.generation --out benchmarks/h200/generation.json
+
+The set-up of BASED (Arora et al. 2024, arXiv 2402.18668): 1.3B parameters, 1,024 tokens after a
+prompt of 1,024, 128 streams; weights are random, on which the time does not depend. `--size tiny`
+is a rehearsal for a CPU.
+"""
+
+import argparse
+import json
+import math
+import shlex
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+from flax import nnx
+
+from benchmarks.kernels import BANDWIDTH
+from lcattn.models import LM, LMConfig, generate
+from lcattn.nn import LinearAttentionConfig, ShortConvolutionConfig, SoftmaxAttentionConfig
+
+# As published: width, layers, heads, and the layers of BASED with linear and sliding attention.
+_SIZES: Mapping[str, Mapping[str, Any]] = {
+    "tiny": {
+        "width": 64, "num_layers": 4, "num_heads": 4, "linear": (1,), "sliding": (2,),
+        "vocab_size": 256, "batch_size": 2, "prompt": 32, "tokens": 32,
+    },
+    "1.3b": {
+        "width": 1792, "num_layers": 36, "num_heads": 16, "linear": (1, 6, 11, 16, 21, 27, 33),
+        "sliding": (2, 7, 12, 17, 22, 28, 34), "vocab_size": 50_264, "batch_size": 128,
+        "prompt": 1024, "tokens": 1024,
+    },
+}  # fmt: skip
+
+
+def configs(size: Mapping[str, Any]) -> dict[str, LMConfig]:
+    """BASED and the transformer of its width and depth."""
+    heads, layers = size["num_heads"], range(size["num_layers"])
+    kinds = {**dict.fromkeys(size["linear"], "linear"), **dict.fromkeys(size["sliding"], "sliding")}
+    patterns = {
+        "softmax": ("softmax",),
+        "BASED": tuple(kinds.get(layer, "convolution") for layer in layers),
+    }
+    return {
+        name: LMConfig(
+            vocab_size=size["vocab_size"],
+            width=size["width"],
+            num_layers=size["num_layers"],
+            pattern=pattern,
+            mixers={
+                "softmax": SoftmaxAttentionConfig(num_heads=heads),
+                "sliding": SoftmaxAttentionConfig(num_heads=heads, window=129),
+                "linear": LinearAttentionConfig(num_heads=heads, feature_dim=16),
+                "convolution": ShortConvolutionConfig(),
+            },
+            dtype="bfloat16",
+            param_dtype="bfloat16",
+        )
+        for name, pattern in patterns.items()
+    }
+
+
+def measure(name: str, config: LMConfig, size: Mapping[str, Any]) -> dict[str, Any]:
+    """One model: seconds for the prompts, and for all of it."""
+    model = nnx.jit(lambda: config.make(nnx.Rngs(0)))()
+    shape = (size["batch_size"], size["prompt"])
+    prompt = jax.random.randint(jax.random.key(1), shape, 0, config.vocab_size)
+    seconds = {count: _seconds(model, prompt, count) for count in (1, size["tokens"])}
+    prefill, whole = seconds.values()
+    per_step = (whole - prefill) / (size["tokens"] - 1)
+    parameters = sum(x.size for x in jax.tree.leaves(nnx.state(model, nnx.Param)))
+    state = model.state_bytes(size["prompt"] + size["tokens"])
+    floor = (2 * parameters + size["batch_size"] * state) / BANDWIDTH
+    return {
+        "model": name,
+        "parameters": parameters,
+        "state_bytes": state,
+        "prefill_seconds": prefill,
+        "seconds": whole,
+        "tokens_per_second": size["batch_size"] * size["tokens"] / whole,
+        "step_ms": 1e3 * per_step,
+        # Weights and states read once; what of the states is also written comes on top.
+        "step_floor_ms": 1e3 * floor,
+        "floor_share": floor / per_step,
+    }
+
+
+def _seconds(model: LM, prompt: jax.Array, count: int) -> float:
+    """The best of three runs, the first one, which compiles, not counted."""
+    best = math.inf
+    for _ in range(4):
+        start = time.perf_counter()
+        generate(model, prompt, count, temperature=0.0).block_until_ready()
+        best = min(best, time.perf_counter() - start)
+    return best
+
+
+def main() -> None:
+    """Measures both models and writes the record."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--size", choices=_SIZES, default="1.3b")
+    parser.add_argument("--out", type=Path, help="JSON file")
+    arguments = parser.parse_args()
+    size = _SIZES[arguments.size]
+    rows = []
+    for name, config in configs(size).items():
+        rows.append(measure(name, config, size))
+        print(json.dumps(rows[-1]), flush=True)
+        jax.clear_caches()
+    softmax, based = (row["tokens_per_second"] for row in rows)
+    print(f"BASED over softmax: {based / softmax:.1f} times the tokens a second")
+    if arguments.out is not None:
+        record = {
+            "device": jax.devices()[0].device_kind,
+            "jax": jax.__version__,
+            "command": shlex.join(["python", "-m", "benchmarks.generation", *sys.argv[1:]]),
+            "size": {**size},
+            "rows": rows,
+        }
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        arguments.out.write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,194 @@
+"""All that was measured and recorded: `benchmarks/README.md`, made from the records alone."""
+
+import collections
+import importlib
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from experiments import benchmark, demo
+from experiments.figures import Figure
+from experiments.reporting import REPORT, Report, Table, describe_machine
+
+ROOT = Path(__file__).parent.parent
+RECORDS = ROOT / "benchmarks"
+PAGE = RECORDS / "README.md"
+
+_PAGE = """# What was measured
+
+Made by `make docs` from the records beside it; each came from one command on one machine, which it
+names.
+
+## Experiments
+
+{experiments}
+
+## Kernels
+
+{kernels}
+
+## Ours beside others
+
+One process each: the longest length that an implementation was timed at, after its results were
+checked against the definition at 2,048 tokens. `lcattn` is what `implementation=None` runs. Arrays
+that stay in a cache beat the floor, which is that of memory. On a GPU, ms is time on the device; a
+call takes 0.1 to 0.4 ms more on the host while nothing else keeps the device busy.
+
+{benchmarks}
+"""
+_SOFTMAX = "cudnn_softmax"
+
+
+def page() -> str:
+    """The text of `PAGE`."""
+    return _PAGE.format(
+        experiments=gallery(experiments()), kernels=kernels(), benchmarks=benchmarks()
+    )
+
+
+class Recorded(NamedTuple):
+    """A recorded experiment: where it lies, its results, and the report made from them."""
+
+    folder: Path
+    results: Mapping[str, Any]
+    report: Report
+
+    @property
+    def title(self) -> str:
+        """The report's, and what sets a further record of the same script apart."""
+        further = self.folder.name.removeprefix(self.results["script"]).replace("_", " ").strip()
+        return f"{self.report.title}: {further}" if further else self.report.title
+
+
+def experiments() -> Iterator[Recorded]:
+    """Each recorded experiment but the demo, which the README shows whole."""
+    for folder in sorted(path.parent for path in RECORDS.glob("*/results.json")):
+        results = load(folder / "results.json")
+        script = importlib.import_module(f"experiments.{results['script']}")
+        if script is not demo:
+            yield Recorded(folder, results, script.report(results))
+
+
+def gallery(recorded: Iterable[Recorded], root: Path = RECORDS) -> str:
+    """The first figure of each experiment, its command, and the machines; links are from `root`."""
+    parts, environments = [], []
+    for record in recorded:
+        figure = next(block for block in record.report.blocks if isinstance(block, Figure))
+        where, environment = (
+            record.folder.relative_to(root).as_posix(),
+            record.results["environment"],
+        )
+        parts += [
+            f"### {record.title}",
+            f"![{figure.caption}]({where}/{figure.file})",
+            figure.caption,
+            f"[Tables and remarks]({where}/{REPORT}) of `{environment['command']}`",
+        ]
+        environments.append(environment)
+    return "\n\n".join([*parts, machines(environments)])
+
+
+def kernels() -> str:
+    """Our own kernels against XLA's form of the same op, each in one run."""
+    parts = []
+    for path in sorted(RECORDS.glob("*/*_kernel.json")):
+        record = load(path)
+        rows = [
+            (
+                row["case"],
+                kind.replace("_", " + "),
+                ours["kernel_ms"],
+                ours["call_ms"],
+                f"{100 * ours['floor_share']:.0f} %",
+                row["xla"][kind]["kernel_ms"] if "xla" in row else "–",
+                *([row[_SOFTMAX][kind]["kernel_ms"]] if _SOFTMAX in row else []),
+                max(row["errors"].values()),
+            )
+            for row in record["rows"]
+            for kind, ours in row["mosaic_gpu"].items()
+        ]
+        softmax = ["cuDNN's softmax, ms"] if _SOFTMAX in record["rows"][0] else []
+        header = (
+            "case (bfloat16)", "pass", "kernels, ms", "whole call, ms", "of the floor",
+            "XLA's kernels, ms", *softmax, "largest error",
+        )  # fmt: skip
+        title = f"`{path.stem}` on one {record['device']}"
+        parts.append(Table(title=title, header=header, rows=rows).markdown())
+        parts.append(
+            f"`{record['command']}`, jax {record['jax']}. The floor is the largest of the "
+            "least FLOPs, bytes and (softplus) exp2 and log2 over their rates. Errors are "
+            "relative to float64: the largest of the output and all gradients."
+        )
+    return "\n\n".join([*parts, _compiled_for_tpus()])
+
+
+def _compiled_for_tpus() -> str:
+    """The memory that kernels take on TPUs, from compiling them: none was at hand to run them."""
+    records = {path.stem: load(path) for path in sorted(RECORDS.glob("tpu/*.json"))}
+    rows = [
+        (
+            kernel,
+            row["case"],
+            _megabytes(row["argument_bytes"]),
+            " / ".join(_megabytes(taken["temp_bytes"]) for taken in row["chips"].values()),
+            " / ".join(
+                _megabytes(max(taken["vmem_bytes"].values())) for taken in row["chips"].values()
+            ),
+        )
+        for kernel, record in records.items()
+        for row in record["rows"]
+    ]
+    chips = " / ".join(next(iter(records.values()))["rows"][0]["chips"])
+    header = (
+        "kernel", "case (bfloat16), forward + backward", "inputs", f"HBM besides, {chips}",
+        f"VMEM, {chips}",
+    )  # fmt: skip
+    table = Table(title="Compiled for TPUs, never run: megabytes", header=header, rows=rows)
+    record = next(iter(records.values()))
+    return table.markdown() + (
+        f"\n\n`python -m benchmarks.tpu KERNEL --out benchmarks/tpu`, jax {record['jax']}, libtpu "
+        f"{record['libtpu']}. HBM besides inputs and gradients; VMEM of the kernel that takes most."
+    )
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:.1f}"
+
+
+def benchmarks() -> str:
+    """One table a device: the longest length that each recorded benchmark reached."""
+    parts = []
+    for device in sorted(path for path in RECORDS.iterdir() if path.is_dir()):
+        records = [load(path) for path in sorted(device.glob("*.json"))]
+        records = [record for record in records if record.get("script") == "benchmark"]
+        if records:
+            parts.append(
+                _benchmark_table([r for r in records if not r.get("baselines")]).markdown()
+            )
+            for record in records:
+                parts += [table.markdown() for table in benchmark.comparisons(record)]
+            environments = [record["environment"] for record in records]
+            parts.append("\n".join(f"- `{e['command']}`" for e in environments))
+            parts.append(machines(environments))
+    return "\n\n".join(parts)
+
+
+def _benchmark_table(records: list[dict[str, Any]]) -> Table:
+    rows = [row for record in records for row in benchmark.longest(record)]
+    environment = records[0]["environment"]
+    header = ("op", "implementation", "pass", "T", "ms", "of the floor", "extra memory")
+    return Table(title=f"On one {environment['device']}", header=header, rows=rows)
+
+
+def machines(environments: Sequence[Mapping[str, Any]]) -> str:
+    """Where records come from, those of one machine and one set of versions in one sentence."""
+    days = collections.defaultdict(set)
+    for environment in environments:
+        days[describe_machine(environment)].add(environment["date"].partition(" ")[0])
+    return "\n\n".join(f"{', '.join(sorted(d))} on {machine}." for machine, d in days.items())
+
+
+def load(path: Path) -> dict[str, Any]:
+    """A record."""
+    return json.loads(path.read_text())
