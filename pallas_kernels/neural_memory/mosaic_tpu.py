@@ -20,7 +20,8 @@ from pallas_kernels.neural_memory.config import (
     vmem_bytes,
 )
 from pallas_kernels.neural_memory.tpu_chunk import Arithmetic, Layers
-from pallas_kernels.neural_memory.tpu_sweeps import Kind, Plan, Tokens, gradients, outputs
+from pallas_kernels.neural_memory.tpu_plan import Kind, Layout, Plan, Tokens
+from pallas_kernels.neural_memory.tpu_sweeps import gradients, outputs
 from pallas_kernels.tpu import DTYPES, PACKED_SUBLANES
 
 
@@ -89,12 +90,14 @@ def neural_memory(
         return x.reshape(B, x.shape[1], chunks * slots, x.shape[4])
 
     tokens = Tokens(
-        kinds=jnp.pad(kinds, ((0, 0), (0, chunks - n)), constant_values=Kind.SKIPPED),
-        q=by_head(q.reshape(B, n, C, M * G, F)), k=by_head(k), v=by_head(v),
+        *(by_head(x) for x in (q.reshape(B, n, C, M * G, F), k, v)),
         gates=jnp.stack([fill(x.astype(jnp.float32)) for x in gates], 2).transpose(0, 4, 1, 2, 3),
+    )
+    layout = Layout(
+        kinds=jnp.pad(kinds, ((0, 0), (0, chunks - n)), constant_values=Kind.SKIPPED),
         marks=jnp.stack([fill(x.astype(jnp.int32)) for x in (used, first)], 2),
-    )  # fmt: skip
-    out, state = _remember(plan, tokens, state, fresh)
+    )
+    out, state = _remember(plan, tokens, layout, state, fresh)
     out = out.reshape(B, M, G, chunks, slots, -1)[:, :, :, :n, :C]
     return out.transpose(0, 3, 4, 1, 2, 5), state
 
@@ -119,21 +122,23 @@ def _slots(chunk: int) -> int:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _remember(plan: Plan, tokens: Tokens, start: Layers, fresh: Layers | None):
+def _remember(plan: Plan, tokens: Tokens, layout: Layout, start: Layers, fresh: Layers | None):
     """Answers `[B,MG,L,H]`, and the final state."""
-    out, _, final = outputs(plan, tokens, start, fresh)
-    return out, final
+    return _remember_forward(plan, tokens, layout, start, fresh)[0]
 
 
-def _remember_forward(plan, tokens, start, fresh):
-    out, starts, final = outputs(plan, tokens, start, fresh)
-    return (out, final), (tokens, start, fresh, starts)
+def _remember_forward(plan, tokens, layout, start, fresh):
+    out, starts, final = outputs(plan, tokens, layout, start, fresh)
+    return (out, final), (tokens, layout, start, fresh, starts)
 
 
 def _remember_backward(plan, residuals, cotangents):
-    tokens, start, fresh, starts = residuals
-    d_tokens, d_start, d_fresh = gradients(plan, tokens, start, fresh, starts, *cotangents)
-    return Tokens(None, *d_tokens, None), d_start, d_fresh
+    tokens, layout, start, fresh, starts = residuals
+    d_out, d_final = cotangents
+    d_tokens, d_start, d_fresh = gradients(
+        plan, tokens, layout, start, fresh, starts, d_out, d_final
+    )
+    return d_tokens, None, d_start, d_fresh
 
 
 _remember.defvjp(_remember_forward, _remember_backward)

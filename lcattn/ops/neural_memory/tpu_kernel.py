@@ -28,7 +28,7 @@ def attend(
 
     shape = tokens.decay.shape
     if state is None and segment_ids is None:
-        windows = _Aligned.of(*shape[:2], chunk)
+        windows = _Aligned.of(shape[0], shape[1], chunk)
     else:
         windows = lay_out(segment_ids, None if state is None else state.position, shape, chunk)
     n, B, C = windows.used.shape
@@ -83,7 +83,7 @@ class _Aligned(NamedTuple):
 
 def _kinds(windows: Windows | _Aligned) -> Int[Array, "B n"]:
     """What the kernels call the beginning of each window."""
-    from pallas_kernels.neural_memory.tpu_sweeps import Kind
+    from pallas_kernels.neural_memory.tpu_plan import Kind
 
     begins = jnp.where(windows.starts_chunk, Kind.STARTS, Kind.CONTINUES)
     kinds = jnp.where(windows.starts_document, Kind.RENEWS, begins)
