@@ -219,7 +219,7 @@ def gradients(
                 copy(d_new, [ref.at[here] for ref in d_fresh], done)
 
     blocks = Blocks(plan, tokens, reverse=True)
-    return launch(
+    d_tokens, d_start, d_fresh = launch(
         neural_memory_gradients, *tokens, layout.marks, starts, d_out, start, fresh, d_final,
         grid=blocks.grid, sequential=1, scalars=(layout.kinds,),
         in_specs=(
@@ -227,7 +227,7 @@ def gradients(
             _in_hbm(start), _in_hbm(fresh), _in_hbm(start),
         ),
         out_specs=(blocks.gradients(), _in_hbm(start), _in_hbm(fresh)),
-        out_type=(_like(tokens), _like(start), _like(fresh)),
+        out_type=(tuple(_like(tokens)), _like(start), _like(fresh)),
         scratch=(
             scratch(start, plan.chunks, 2), scratch(start), scratch(start, 3),
             None if fresh is None else scratch(start),
@@ -235,6 +235,7 @@ def gradients(
         ),
         interpret=plan.interpret, vmem_bytes=VMEM_LIMIT,
     )  # fmt: skip
+    return Tokens(*d_tokens), d_start, d_fresh
 
 
 def _place() -> tuple[Any, Any]:
