@@ -93,13 +93,13 @@ def _between(gate: jax.Array, dtype) -> jax.Array:
     """Products of gates `[1,C]` after each token (column), up to each later one (row)."""
     size = gate.shape[1]
     row, token = _indices(size)
-    product = jnp.where(row > token, _column(gate), 1.0)
+    running = jnp.where(row > token, _column(gate), 1.0)
     shift = 1
     while shift < size:  # running products over ever more rows
-        above = pltpu.roll(product, shift, 0)
-        product = product * jnp.where(row >= shift, above, 1.0)
+        above = pltpu.roll(running, shift, 0)
+        running = running * jnp.where(row >= shift, above, 1.0)
         shift *= 2
-    return jnp.where(row >= token, product, 0.0)
+    return jnp.where(row >= token, running, 0.0)
 
 
 def _between_forward(gate, dtype):
