@@ -16,7 +16,7 @@ import numpy as np
 
 from experiments import cli, reporting
 from experiments.estimates import Estimate, curve
-from experiments.figures import Figure, HeatMap, Panel
+from experiments.figures import Figure, Panel
 from experiments.regression import AlgorithmStudy, against_paper
 from experiments.reporting import Report, Table
 from experiments.sweep import folder
@@ -105,19 +105,23 @@ def table(studies: Mapping[str, Any]) -> Table:
 def noise_figure(studies: Mapping[str, Any]) -> Figure:
     """The penalty of the ridge regression that each noise level is nearest to."""
     some = next(iter(studies.values()))
-    penalties = [name for name in some["learners"] if name.startswith("ridge")]
-    values = [
-        [float(np.mean(study["measured"][f"SPD, {p}"])) for p in penalties]
-        for study in studies.values()
-    ]
-    panel = HeatMap(
-        xlabel="penalty of ridge regression", ylabel="",
-        columns=[p.removeprefix("ridge_") for p in penalties], rows=list(studies), values=values,
-        limits=(0.0, float(np.max(values))), label="squared prediction difference / d",
+    ridges = [name for name in some["learners"] if name.startswith("ridge_")]
+    penalties = [float(name.removeprefix("ridge_")) for name in ridges]
+    panel = Panel(
+        xlabel="penalty of ridge regression", ylabel="squared prediction difference / d",
+        xscale="log", yscale="log",
+        series=[
+            curve(
+                name, penalties,
+                np.stack([study["measured"][f"SPD, {ridge}"] for ridge in ridges], axis=1),
+                marker=True,
+            )
+            for name, study in studies.items()
+        ],
     )  # fmt: skip
     caption = (
         "Squared prediction difference from ridge regression by its penalty; the best one for "
-        "labels of noise σ is σ²."
+        "labels of noise σ is σ². Bands: 95 % interval over seeds."
     )
     return Figure(name="noise", caption=caption, panels=[panel])
 

@@ -1,5 +1,7 @@
 """The README says what the code declares and the records hold."""
 
+import re
+
 import pytest
 
 from experiments import readme
@@ -22,6 +24,13 @@ def test_example_runs_as_printed():
 def test_pages_of_records_are_in_step():
     stale = [path for path, text in readme.pages().items() if path.read_text() != text]
     assert not stale, "run: make docs"
+
+
+def test_every_figure_and_page_that_is_linked_exists():
+    for path, text in {readme.README: readme.README.read_text(), **readme.pages()}.items():
+        links = re.findall(r"\]\(([^)#:]+)\)", text)
+        assert links
+        assert not [link for link in links if not (path.parent / link).exists()], path
 
 
 def test_a_missing_marker_is_named():
