@@ -8,7 +8,9 @@ r"""The sweeps of the TPU kernels: one memory at a time, chunk after chunk, all 
 
 Per token of a memory with sizes H -> F -> H and chunks of C, `outputs` takes 11 H F + 2 C (H + F) +
 2 C² multiplications, `gradients` about three times that, from 8 H + 24 bytes of bfloat16 tokens and
-gates, and 16 H F / (C · chunks) bytes of kept states each way.
+gates, and 16 H F / (C · chunks) bytes of kept states each way. Nothing was timed on a TPU: for
+H = 64, F = 256 and C = 64 the compiler's schedule for a v5e is of 990 instructions a chunk in
+`outputs` and 2970 in `gradients`, while its matrix units would need some 220 cycles forward.
 """
 
 from typing import Any
