@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import importlib.metadata
 import importlib.util
+import itertools
 import json
 import os
 import re
@@ -79,6 +80,7 @@ class Case:
       plan: name of the plan of blocks that it is given, one of `PLANS`.
       kernels: the op whose kernels it runs, by a plan of its own; None: it has kernels itself.
       seeded: whether it is given a key.
+      hidden: inner sizes of the network that a neural memory starts with; it has K memories.
     """
 
     op: str
@@ -95,6 +97,7 @@ class Case:
     plan: str | None = None
     kernels: str | None = None
     seeded: bool = False
+    hidden: tuple[int, ...] = ()
 
     @property
     def kernel_op(self) -> str:
@@ -105,28 +108,38 @@ class Case:
     def name(self) -> str:
         """As the table spells it."""
         options = " ".join(f"{name}={value}" for name, value in self.options.items())
+        options += "".join(f" hidden={size}" for size in self.hidden)
         sizes = " ".join(f"{name}={getattr(self, name)}" for name in "BTNKFH")
         how = "".join(f" {word}" for word in ("packed", "sharded") if getattr(self, word))
         what = self.op if self.kernels else self.plan
         return " ".join(filter(None, [what, options])) + f"{how} {sizes}"
 
-    def arrays(self) -> tuple[jax.ShapeDtypeStruct, ...]:
-        """q, k, v, and the output's gradient."""
-        heads = (self.N, self.F), (self.K, self.F), (self.K, self.H), (self.N, self.H)
-        return tuple(jax.ShapeDtypeStruct((self.B, self.T, *x), jnp.bfloat16) for x in heads)
+    def arrays(self) -> tuple[Any, ...]:
+        """The output's gradient, q, k, v, and what a neural memory takes besides."""
+        heads = (self.N, self.H), (self.N, self.F), (self.K, self.F), (self.K, self.H)
+        shape = self.B, self.T
+        given = tuple(jax.ShapeDtypeStruct((*shape, *x), jnp.bfloat16) for x in heads)
+        if self.op != "neural_memory":
+            return given
+        gate = jax.ShapeDtypeStruct((*shape, self.K), jnp.float32)
+        network = [
+            jax.ShapeDtypeStruct((self.K, *sizes), jnp.float32)
+            for sizes in itertools.pairwise((self.F, *self.hidden, self.H))
+        ]
+        return *given, gate, gate, gate, network
 
-    def gradients(self, q: jax.Array, k: jax.Array, v: jax.Array, g: jax.Array):
-        """The output and the gradients of q, k and v."""
+    def gradients(self, g: jax.Array, *arrays: Any):
+        """The output and the gradients of all arrays."""
         implementation = "block_sparse" if self.kernels else "mosaic_tpu"
         options = {**self.options, "implementation": implementation}
         if self.seeded:
             options["rng"] = jax.random.key(0)
         if self.packed:
-            options["segment_ids"] = jnp.zeros(q.shape[:2], jnp.int32)
+            options["segment_ids"] = jnp.zeros(g.shape[:2], jnp.int32)
         if self.plan is not None:
             options["plan"] = PLANS[self.plan](self)
         attend = functools.partial(getattr(ops, self.op), **options)
-        out, pull = jax.vjp(attend, q, k, v)
+        out, pull = jax.vjp(attend, *arrays)
         return out, *pull(g)
 
 
@@ -147,6 +160,7 @@ PLANS = {
 _TAYLOR = functools.partial(Case, op="linear_attention", options={"feature_map": "taylor"})
 _IDENTITY = functools.partial(Case, op="linear_attention", options={"feature_map": "identity"})
 _BLOCKS = functools.partial(Case, op="block_sparse_attention", options={})
+_MEMORY = functools.partial(Case, op="neural_memory", options={"chunk_size": 64})
 _LSSA = functools.partial(Case, op="softplus_attention", options={"power": None})
 _LSSAR = functools.partial(Case, op="softplus_attention", options={"power": 15.0})
 _BY_PLAN = functools.partial(Case, T=131072, kernels="block_sparse_attention")
@@ -157,6 +171,10 @@ CASES = [
     _BLOCKS(plan="window of 4096, 4 sinks", B=2, T=1000, N=8, K=2, F=64, H=128, in_tests=True),
     _BY_PLAN(op="hyper_attention", F=64, H=64, options={}, seeded=True),
     _BY_PLAN(op="core_context_attention", F=128, H=128, options={"group_size": 16, "window": 1024}),
+    _MEMORY(B=4, T=8192, N=4, K=4, F=64, H=64, hidden=(256,)),
+    _MEMORY(T=8192, N=8, K=8, F=128, H=128, hidden=(512,)),
+    _MEMORY(F=128, H=128),
+    _MEMORY(T=500, N=2, K=1, F=64, H=64, hidden=(128,), packed=True, in_tests=True),
     _TAYLOR(F=16, H=64, in_tests=True),
     _TAYLOR(B=4, T=1000, N=8, K=2, F=16, H=128, packed=True, sharded=True, in_tests=True),
     _TAYLOR(F=32, H=64),
@@ -178,7 +196,9 @@ def compiled(case: Case, chip: str) -> Any:
         split = PartitionSpec("data")
         run = jax.shard_map(run, mesh=mesh, in_specs=split, out_specs=split, check_vma=False)
     here = NamedSharding(mesh, PartitionSpec("data"))
-    placed = (jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here) for x in case.arrays())
+    placed = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), case.arrays()
+    )
     with jax.default_device(devices[0]):  # what ops look at
         return jax.jit(run).lower(*placed).compile()
 
@@ -200,7 +220,7 @@ def record(case: Case) -> dict[str, Any]:
     """What one shape takes, forward and backward in one program, on every chip."""
     return {
         "case": case.name,
-        "argument_bytes": sum(x.size * x.dtype.itemsize for x in case.arrays()),
+        "argument_bytes": sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(case.arrays())),
         "chips": {chip: memory(compiled(case, chip)) for chip in CHIPS},
     }
 

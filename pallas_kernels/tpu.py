@@ -66,6 +66,7 @@ def launch(
     scratch: Sequence[Any],
     interpret: bool,
     scalars: Sequence[jax.Array] = (),
+    vmem_bytes: int | None = None,
 ) -> Any:
     """Runs a kernel; inputs and outputs that are None reach it as None.
 
@@ -80,6 +81,7 @@ def launch(
       interpret: whether to run in the TPU simulator, which walks parallel axes in random order and
         looks for races.
       scalars: integers known before the kernel runs, given to block specs last and to it first.
+      vmem_bytes: most VMEM that the kernel may take; default: what compilers grant, 16 MiB or more.
     """
     parallel = len(grid) - sequential
     semantics = ("parallel",) * parallel + ("arbitrary",) * sequential
@@ -89,6 +91,8 @@ def launch(
             num_scalar_prefetch=len(scalars), grid=tuple(grid), in_specs=list(in_specs),
             out_specs=list(out_specs), scratch_shapes=list(scratch),
         ),
-        compiler_params=pltpu.CompilerParams(dimension_semantics=semantics),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=semantics, vmem_limit_bytes=vmem_bytes
+        ),
         interpret=pltpu.InterpretParams(detect_races=True) if interpret else False,
     )(*scalars, *arrays)  # fmt: skip

@@ -16,10 +16,10 @@ from benchmarks import tpu
 ROOT = Path(__file__).parents[2]
 
 VMEM = 16 * 2**20
-"""Bytes that a kernel may take on the smallest of the chips."""
+"""Bytes that a kernel may take on the smallest of the chips, if it does not ask for more."""
 
 
-def check(kernel: str) -> None:
+def check(kernel: str, vmem: int = VMEM) -> None:
     """Compiles some of the kernel's recorded shapes for every TPU, and compares with the record."""
     library = tpu.library()
     if library is None:
@@ -31,8 +31,8 @@ def check(kernel: str) -> None:
     for row in rows:
         assert set(row["chips"]) == {"v5e", "v6e", "v5p"}
         for taken in row["chips"].values():
-            assert len(taken["vmem_bytes"]) >= 3
-            assert max(taken["vmem_bytes"].values()) <= VMEM
+            assert len(taken["vmem_bytes"]) >= 2
+            assert max(taken["vmem_bytes"].values()) <= vmem
     record = json.loads((ROOT / "benchmarks" / "tpu" / f"{kernel}.json").read_text())
     if (record["jax"], record["libtpu"]) == (jax.__version__, tpu.version(library)):
         recorded = {row["case"]: row for row in record["rows"]}

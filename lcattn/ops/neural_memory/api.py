@@ -8,7 +8,7 @@ import numpy as np
 
 from lcattn.errors import argument_error
 from lcattn.ops import checks, dispatch, recurrence
-from lcattn.ops.neural_memory import chunked, reference
+from lcattn.ops.neural_memory import chunked, reference, tpu_kernel
 from lcattn.ops.neural_memory.network import Activation, resolve_activation
 from lcattn.ops.neural_memory.state import NeuralMemoryState, check_state, neural_memory_state
 from lcattn.typing import Array, Float, SegmentIds
@@ -22,6 +22,9 @@ DEEPEST = 4
 dispatch.declare(
     "neural_memory",
     {
+        "mosaic_tpu": dispatch.Implementation(
+            tpu_kernel.attend, tpu_kernel.objection, tpu_kernel.pays
+        ),
         "xla": dispatch.Implementation(chunked.attend),
         "reference": dispatch.Implementation(reference.attend),
     },
@@ -108,7 +111,8 @@ def neural_memory(
       initial_state: what the first document of each row continues, from `return_state` or
         `neural_memory_state`; of the same `chunk_size`.
       return_state: also return the state after the last token (of the last document).
-      implementation: "xla" (chunks), "reference" (token by token), or None.
+      implementation: "mosaic_tpu" (chunks, state in VMEM; see `pallas_kernels`), "xla" (chunks),
+        "reference" (token by token), or None.
 
     Returns:
       `[B,T,N,H]`, or that and the final state.
@@ -127,7 +131,10 @@ def neural_memory(
     states = learning_rate.shape[2]
     _check_weights(weights, sizes, states)
     activate = resolve_activation(activation)
-    run = dispatch.choose("neural_memory", implementation)
+    run = dispatch.choose(
+        "neural_memory", implementation, sizes=sizes, dtype=q.dtype, weights=weights,
+        chunk=int(chunk_size), activation=activation,
+    )  # fmt: skip
 
     heads, keys, values = recurrence.group_by_state(q, k, v, states)
     dtype = checks.accumulation_dtype(q.dtype)
@@ -150,6 +157,7 @@ def _start(weights: Sequence[Array], tokens: chunked.Tokens) -> NeuralMemoryStat
     # Sums with zero, so that the state varies over a mesh just as the tokens do.
     vary = tokens.learning_rate[:, 0] + tokens.momentum[:, 0] + tokens.decay[:, 0]
     vary += (tokens.k[:, 0, :, 0] + tokens.v[:, 0, :, 0]).astype(vary.dtype)
+    vary = jax.lax.stop_gradient(vary)
     start, still = (
         tuple(x.astype(vary.dtype) + 0 * vary[..., None, None] for x in layers)
         for layers in (state.weights, state.momentum)
