@@ -35,8 +35,16 @@ def check(kernel: str, vmem: int = VMEM) -> None:
             assert max(taken["vmem_bytes"].values()) <= vmem
     record = json.loads((ROOT / "benchmarks" / "tpu" / f"{kernel}.json").read_text())
     if (record["jax"], record["libtpu"]) == (jax.__version__, tpu.version(library)):
-        recorded = {row["case"]: row for row in record["rows"]}
-        for row in rows:
-            assert row == recorded[row["case"]], (
-                f"run: python -m benchmarks.tpu {kernel} --out benchmarks/tpu"
-            )
+        recorded = {row["case"]: row["chips"] for row in record["rows"]}
+        found = {row["case"]: row["chips"] for row in rows}
+        remedy = f"run: python -m benchmarks.tpu {kernel} --out benchmarks/tpu"
+        for case, chips in found.items():
+            for chip, taken in chips.items():
+                expected = recorded[case][chip]
+                assert taken["vmem_bytes"] == expected["vmem_bytes"], remedy
+                assert taken["temp_bytes"] == _nearly(expected["temp_bytes"]), remedy
+
+
+def _nearly(size: int):
+    """Where XLA lays temporaries out, around the kernels, varies by tens of kilobytes."""
+    return pytest.approx(size, rel=0.05, abs=2**18)
