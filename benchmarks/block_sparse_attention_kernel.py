@@ -20,7 +20,6 @@ import dataclasses
 import json
 import math
 import os
-import shlex
 import sys
 import time
 from collections.abc import Callable
@@ -333,15 +332,10 @@ def main() -> int:
         else:
             variants.append(row)
         print(json.dumps({k: v for k, v in row.items() if k != "kernels"})[:600], flush=True)
-        record = {
-            "device": jax.devices()[0].device_kind, "jax": jax.__version__,
-            "command": "python -m benchmarks.block_sparse_attention_kernel "
-            + shlex.join(sys.argv[1:]),
-            "rows": list(rows.values()), "variants": variants,
-            "summary": summary(rows, variants, failed),
-        }  # fmt: skip
-        if arguments.out:
-            arguments.out.write_text(json.dumps(record, indent=1) + "\n")
+        save(
+            arguments.out, "block_sparse_attention_kernel", rows=list(rows.values()),
+            variants=variants, summary=summary(rows, variants, failed),
+        )  # fmt: skip
     print("\n".join(summary(rows, variants, failed)), flush=True)
     return int(bool(failed) or not all(row["passed"] for row in rows.values()))
 

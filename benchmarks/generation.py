@@ -10,8 +10,6 @@ is a rehearsal for a CPU.
 import argparse
 import json
 import math
-import shlex
-import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,7 +18,7 @@ from typing import Any
 import jax
 from flax import nnx
 
-from benchmarks.kernels import BANDWIDTH
+from benchmarks.kernels import BANDWIDTH, save
 from lcattn.models import LM, LMConfig, generate
 from lcattn.nn import LinearAttentionConfig, ShortConvolutionConfig, SoftmaxAttentionConfig
 
@@ -114,16 +112,7 @@ def main() -> None:
         jax.clear_caches()
     softmax, based = (row["tokens_per_second"] for row in rows)
     print(f"BASED over softmax: {based / softmax:.1f} times the tokens a second")
-    if arguments.out is not None:
-        record = {
-            "device": jax.devices()[0].device_kind,
-            "jax": jax.__version__,
-            "command": shlex.join(["python", "-m", "benchmarks.generation", *sys.argv[1:]]),
-            "size": {**size},
-            "rows": rows,
-        }
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps(record, indent=1) + "\n")
+    save(arguments.out, "generation", size={**size}, rows=rows)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -148,6 +148,18 @@ def summary(row: dict) -> str:
     return " | ".join(parts)
 
 
+def save(path: Path | None, module: str, **fields: Any) -> None:
+    """Writes a record, with where it comes from, if there is a path."""
+    if path is None:
+        return
+    record = {
+        "device": jax.devices()[0].device_kind, "jax": jax.__version__,
+        "command": f"python -m benchmarks.{module} " + shlex.join(sys.argv[1:]), **fields,
+    }  # fmt: skip
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record, indent=1) + "\n")
+
+
 def main(module: str, description: str, cases: Sequence[Case]) -> None:
     """Measures every shape and writes the record."""
     parser = argparse.ArgumentParser(description=description)
@@ -160,9 +172,4 @@ def main(module: str, description: str, cases: Sequence[Case]) -> None:
             break
         rows.append(measure(case))
         print(summary(rows[-1]), flush=True)
-        record = {
-            "device": jax.devices()[0].device_kind, "jax": jax.__version__,
-            "command": f"python -m benchmarks.{module} " + shlex.join(sys.argv[1:]), "rows": rows,
-        }  # fmt: skip
-        if arguments.out:
-            arguments.out.write_text(json.dumps(record, indent=1) + "\n")
+        save(arguments.out, module, rows=rows)

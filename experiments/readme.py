@@ -140,7 +140,7 @@ def kernels() -> str:
                 )
             )  # fmt: skip
     header = ("op", "case (bfloat16)", "pass", "ms", "of the floor", "XLA's form, ms", "faster")
-    return Table(title=f"On one {', '.join(devices)}", header=header, rows=rows).markdown()
+    return Table(title=f"On one {', '.join(sorted(devices))}", header=header, rows=rows).markdown()
 
 
 def pages() -> dict[Path, str]:

@@ -18,6 +18,7 @@ import numpy as np
 import optax
 
 from lcattn.config import Config
+from lcattn.ops import dispatch
 from lcattn.training.checkpoint import Checkpointer
 from lcattn.training.errors import NonFiniteLossError, TrainingInterrupted
 from lcattn.training.optimizer import OptimizerConfig, SGDConfig
@@ -165,16 +166,16 @@ def _jit(*, static: int, donate: int | None = None) -> Callable[[Callable], Call
 
     def decorate(f: Callable) -> Callable:
         @functools.cache
-        def compiled() -> Callable:
+        def compiled(platform: str) -> Callable:
             quick = {"xla_backend_optimization_level": 1}
             return jax.jit(
                 f,
                 static_argnums=tuple(range(static)),
                 donate_argnums=donate,
-                compiler_options=quick if jax.default_backend() == "cpu" else None,
+                compiler_options=quick if platform == "cpu" else None,
             )
 
-        return functools.wraps(f)(lambda *arguments: compiled()(*arguments))
+        return functools.wraps(f)(lambda *given: compiled(dispatch.default_platform())(*given))
 
     return decorate
 

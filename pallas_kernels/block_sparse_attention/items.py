@@ -19,6 +19,9 @@ _BLOCK_BITS, _KIND_BITS = 14, 2
 MOST_BLOCKS = 2**_BLOCK_BITS
 """Blocks of queries, and of keys, that an item can tell apart."""
 
+NEVER = jnp.iinfo(jnp.int32).max
+"""Where keys begin that no query reads."""
+
 
 class Lists(NamedTuple):
     """Which blocks of keys each block of queries reads.

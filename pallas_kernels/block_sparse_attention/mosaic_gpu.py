@@ -17,12 +17,10 @@ import jax.numpy as jnp
 from pallas_kernels.block_sparse_attention.backward import key_gradients, query_gradients
 from pallas_kernels.block_sparse_attention.config import LaunchConfig, heuristic
 from pallas_kernels.block_sparse_attention.forward import attend
-from pallas_kernels.block_sparse_attention.items import Lists
+from pallas_kernels.block_sparse_attention.items import NEVER, Lists
 from pallas_kernels.block_sparse_attention.phases import by_keys, by_queries
 from pallas_kernels.block_sparse_attention.plan import LOG2_E, Plan, Rule
 from pallas_kernels.tiles import TILE
-
-_NEVER = jnp.iinfo(jnp.int32).max
 
 
 def block_sparse_attention(
@@ -92,7 +90,7 @@ def block_sparse_attention(
     padded = Rule(
         # Queries that fill the last block are like its last one; keys that do are never seen.
         jnp.pad(positions, ((0, 0), (0, 0), (0, queries)), mode="edge"),
-        *(jnp.pad(x, ((0, 0), (0, 0), (0, keys)), constant_values=_NEVER) for x in edges),
+        *(jnp.pad(x, ((0, 0), (0, 0), (0, keys)), constant_values=NEVER) for x in edges),
     )
     out, lse = _attend(plan, q, k, v, lists, padded)
     return out[:, :T], lse.swapaxes(1, 2)[:, :T]

@@ -13,7 +13,13 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.block_sparse_attention.config import TpuLaunchConfig, tpu_heuristic
-from pallas_kernels.block_sparse_attention.items import MOST_BLOCKS, Lists, by_keys, by_queries
+from pallas_kernels.block_sparse_attention.items import (
+    MOST_BLOCKS,
+    NEVER,
+    Lists,
+    by_keys,
+    by_queries,
+)
 from pallas_kernels.block_sparse_attention.tpu_walks import (
     LN2,
     Plan,
@@ -23,8 +29,6 @@ from pallas_kernels.block_sparse_attention.tpu_walks import (
     query_gradients,
 )
 from pallas_kernels.tpu import DTYPES, LANES, SUBLANES, feature_major, token_major
-
-_NEVER = jnp.iinfo(jnp.int32).max
 
 MOST_ITEMS = 200_000
 """Items and log-weights of a call, of four bytes each: most of the megabyte of scalar memory."""
@@ -98,7 +102,7 @@ def block_sparse_attention(
     fill = ((0, 0), (0, 0), (0, n * key_block - S))
     padded = Rule(
         positions.reshape(*positions.shape[:2], 1, -1),
-        jnp.stack([jnp.pad(x, fill, constant_values=_NEVER) for x in edges], axis=2),
+        jnp.stack([jnp.pad(x, fill, constant_values=NEVER) for x in edges], axis=2),
     )
     out, lse = _attend(
         plan, rows(feature_major(q, m * query_block)),

@@ -27,6 +27,7 @@ from pallas_kernels.softplus_attention.rows import (
     reciprocal,
     weight_numbers,
 )
+from pallas_kernels.softplus_attention.weights import power_objection
 
 
 def softplus_attention(
@@ -91,9 +92,7 @@ def objection(*, dtype, F: int, H: int, power: float | None) -> str | None:
         return f"take bfloat16, not {jnp.dtype(dtype).name}"
     if F != H or H not in (64, 128):
         return f"take keys and values of one size, 64 or 128, not F={F}, H={H}"
-    if power is not None and not (float(power).is_integer() and 1 <= power <= 16):
-        return f"take a whole power from 1 to 16, not {power}"
-    return None
+    return power_objection(power)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

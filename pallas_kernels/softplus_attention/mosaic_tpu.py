@@ -26,6 +26,7 @@ from pallas_kernels.softplus_attention.tpu_walks import (
     query_gradients,
     row_sums,
 )
+from pallas_kernels.softplus_attention.weights import power_objection
 from pallas_kernels.tpu import DTYPES, SUBLANES, feature_major, token_major
 
 
@@ -91,9 +92,7 @@ def objection(*, dtype, F: int, H: int, power: float | None) -> str | None:
     for name, size in (("F", F), ("H", H)):
         if size % SUBLANES or size > 256:
             return f"take heads of a size 8, 16, ... 256, not {name}={size}"
-    if power is not None and not (float(power).is_integer() and 1 <= power <= 16):
-        return f"take a whole power from 1 to 16, not {power}"
-    return None
+    return power_objection(power)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -27,6 +27,13 @@ class Options(Protocol):
         ...
 
 
+def power_objection(power: float | None) -> str | None:
+    """Why no kernel raises weights to a power, in words, or None."""
+    if power is not None and not (float(power).is_integer() and 1 <= power <= 16):
+        return f"take a whole power from 1 to 16, not {power}"
+    return None
+
+
 HIDDEN = -1e6
 """The score of a key that is not seen: its weight and its slope are exactly 0."""
 

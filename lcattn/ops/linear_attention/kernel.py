@@ -1,5 +1,8 @@
 """The kernel for Hopper GPUs, behind the op's contract."""
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -30,11 +33,27 @@ def attend(
     from pallas_kernels.linear_attention import mosaic_gpu
 
     del segment_ids, causal, chunk_size
+    run = mosaic_gpu.linear_attention
+    return attend_by(run, similarity, q, k, v, state, normalize=normalize, scale=scale)
+
+
+def attend_by(
+    run: Callable[..., tuple[Array, tuple[Array, Array | None]]],
+    similarity: Similarity,
+    q: Array,
+    k: Array,
+    v: Array,
+    state: LinearAttentionState | None,
+    *,
+    normalize: bool,
+    **options: Any,
+) -> tuple[Array, LinearAttentionState]:
+    """Attention by kernels `run`, whose state is a pair of arrays."""
     state = checked(state, normalize, similarity, k, v)
-    out, (kv, normalizer) = mosaic_gpu.linear_attention(
+    out, (kv, normalizer) = run(
         q, k, v, None if state is None else (state.kv, state.normalizer),
         feature_map="taylor" if similarity is TAYLOR else "identity",
-        scale=scale, normalize=normalize,
+        normalize=normalize, **options,
     )  # fmt: skip
     return out, LinearAttentionState(kv=kv, normalizer=normalizer)
 

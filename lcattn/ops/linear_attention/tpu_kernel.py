@@ -5,8 +5,9 @@ import jax.numpy as jnp
 
 from lcattn.ops import dispatch
 from lcattn.ops.checks import Sizes
-from lcattn.ops.linear_attention.features import TAYLOR, FeatureMap, Similarity
-from lcattn.ops.linear_attention.state import LinearAttentionState, checked
+from lcattn.ops.linear_attention.features import FeatureMap, Similarity
+from lcattn.ops.linear_attention.kernel import attend_by
+from lcattn.ops.linear_attention.state import LinearAttentionState
 from lcattn.typing import Array
 
 # Not measured: no TPU was at hand. Below, XLA takes one dense chunk.
@@ -30,13 +31,10 @@ def attend(
     from pallas_kernels.linear_attention import mosaic_tpu
 
     del causal, chunk_size
-    state = checked(state, normalize, similarity, k, v)
-    out, (kv, normalizer) = mosaic_tpu.linear_attention(
-        q, k, v, None if state is None else (state.kv, state.normalizer), _documents(segment_ids),
-        feature_map="taylor" if similarity is TAYLOR else "identity",
-        scale=scale, normalize=normalize,
+    return attend_by(
+        mosaic_tpu.linear_attention, similarity, q, k, v, state,
+        documents=_documents(segment_ids), normalize=normalize, scale=scale,
     )  # fmt: skip
-    return out, LinearAttentionState(kv=kv, normalizer=normalizer)
 
 
 def objection(
