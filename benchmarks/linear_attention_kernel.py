@@ -111,9 +111,9 @@ CASES = [
     Case(B=16, T=2048, **TAYLOR),
     Case(B=1, T=32768, **IDENTITY),
     Case(B=1, T=1024, **TAYLOR),
-    Case(B=1, T=1000, **{**TAYLOR, "K": 4, "H": 128}),
+    Case(B=1, T=1000, **(TAYLOR | {"K": 4, "H": 128})),
     Case(B=4, T=8192, **TAYLOR),
-    Case(B=1, T=32768, **{**TAYLOR, "normalize": False}),
+    Case(B=1, T=32768, **(TAYLOR | {"normalize": False})),
     Case(B=1, T=131072, **TAYLOR),
 ]
 
