@@ -47,7 +47,7 @@ def heuristic(*, B: int, T: int, N: int, F: int, H: int) -> LaunchConfig:
     return LaunchConfig(groups=(fitting or [wanted])[0], stages=3)
 
 
-TPU_VMEM = 12 * 2**20
+TPU_VMEM = 14 * 2**20
 """Bytes of VMEM that a TPU kernel is planned to take, by an estimate, of the 16 MiB it may."""
 
 
@@ -73,9 +73,10 @@ class TpuLaunchConfig:
 
 
 def tpu_heuristic(*, T: int, groups: int, F: int, H: int, itemsize: int) -> TpuLaunchConfig:
-    """The launch parameters for a shape: steps of 512 tokens, where VMEM holds so many.
+    """The launch parameters for a shape: steps of up to 512 tokens, where VMEM holds so many.
 
-    Nothing was timed on a TPU.
+    Nor are steps so long that filling the last one takes an eighth more tokens than filling its
+    last chunk. Nothing was timed on a TPU.
 
     Args:
       T: tokens.
@@ -84,20 +85,23 @@ def tpu_heuristic(*, T: int, groups: int, F: int, H: int, itemsize: int) -> TpuL
       H: the size of values.
       itemsize: bytes of an element of q.
     """
+    needed = -(-T // LANES)
     fitting = (
         chunks
         for chunks in (4, 2)
-        if (chunks - 1) * LANES < T and tpu_vmem_bytes(chunks, groups, F, H, itemsize) <= TPU_VMEM
+        if 8 * (-needed % chunks) < needed
+        and tpu_vmem_bytes(chunks, groups, F, H, itemsize) <= TPU_VMEM
     )
     return TpuLaunchConfig(chunks=next(fitting, 1))
 
 
 def tpu_vmem_bytes(chunks: int, groups: int, F: int, H: int, itemsize: int) -> int:
-    """What the gradient's kernel takes, roughly."""
-    # q, k, v, log decays, and gradients of these and of outputs, twice as one block is loaded
-    # behind another.
+    """What the gradient's kernel takes, from above: fitted to what the compiler says of shapes."""
+    # q, k, v, and gradients of these and of outputs; log decays and their gradients; twice as one
+    # block is loaded behind another.
     numbers = (2 * groups + 2) * F + (groups + 2) * H
     blocks = 2 * chunks * LANES * (numbers * itemsize + 2 * F * 4)
     states = 4 * F * H * (chunks + 6)
-    values = 4 * LANES * (12 * F + 6 * H + 8 * LANES)
+    # Operands of float32 products are split.
+    values = 4 * LANES * (20 * F + 6 * H + 8 * LANES) * (3 if itemsize == 4 else 2) // 2
     return blocks + states + values

@@ -40,10 +40,10 @@ class Chunk(NamedTuple):
 
 def read(q: jax.Array, state: jax.Array, chunk: Chunk, dtype) -> jax.Array:
     """Outputs `[H,C]` of queries `[F,C]`; products are of operands in `dtype`."""
-    weights = scores(q, chunk.k, chunk.log_decay, dtype)
     queries = decayed(q, before(chunk.log_decay, dtype), dtype)
-    within = product(chunk.v, weights, (1, 0), dtype)
-    return within + product(state, queries, (0, 0), dtype)
+    past = product(state, queries, (0, 0), dtype)
+    weights = scores(q, chunk.k, chunk.log_decay, dtype)
+    return past + product(chunk.v, weights, (1, 0), dtype)
 
 
 def write(state: jax.Array, chunk: Chunk, dtype) -> jax.Array:

@@ -109,18 +109,21 @@ def _parts_forward(q, k, log_decay, dtype):
     def add(i, scores):
         return scores + _part(q, k, log_decay, i, count, dtype)
 
-    scores = lax.fori_loop(0, count, add, jnp.zeros((LANES, LANES), jnp.float32))
+    # The first part, mostly the only one, stands before the loop, among what it can overlap with.
+    scores = lax.fori_loop(1, count, add, _part(q, k, log_decay, 0, count, dtype))
     return scores, (q, k, log_decay, count)
 
 
 def _parts_backward(dtype, residuals, d_scores):
     *arrays, count = residuals
 
-    def add(i, sums):
-        _, pull = jax.vjp(lambda *x: _part(*x, i, count, dtype), *arrays)
-        return tuple(a + b for a, b in zip(sums, pull(d_scores), strict=True))
+    def pulled(i):
+        return jax.vjp(lambda *x: _part(*x, i, count, dtype), *arrays)[1](d_scores)
 
-    return lax.fori_loop(0, count, add, tuple(map(jnp.zeros_like, arrays)))
+    def add(i, sums):
+        return tuple(a + b for a, b in zip(sums, pulled(i), strict=True))
+
+    return lax.fori_loop(1, count, add, pulled(0))
 
 
 _parts.defvjp(_parts_forward, _parts_backward)
@@ -144,10 +147,10 @@ def _part(q, k, log_decay, i, count, dtype):
     is_last = i == count - 1
     # What token t (column) sums: right of the border those up to t, left of it those after t.
     token, t = key, query
-    toward = jnp.where((t & half) > 0, t - token, token - t - 1)
-    sums = _summed(log_decay, ((token ^ t) < half) & (toward >= 0), dtype)
+    is_right = (t[:1] & half) > 0
+    is_between = ((t - token) ^ jnp.where(is_right, 0, -1)) >= 0
+    sums = _summed(log_decay, ((token ^ t) < half) & is_between, dtype)
     wrong_side = jnp.where(is_last, -1.0, 1.0)
-    is_right = (lax.broadcasted_iota(jnp.int32, sums.shape, 1) & half) > 0
     queries = decayed(q, jnp.where(is_right, 1.0, wrong_side) * sums, dtype)
     keys = decayed(k, jnp.where(is_right, wrong_side, 1.0) * sums, dtype)
     apart = key ^ query
@@ -179,15 +182,17 @@ _summed.defvjp(_summed_forward, _summed_backward)
 
 
 def _product(x: jax.Array, taken: jax.Array, contract: tuple[int, int], dtype) -> jax.Array:
-    """A product with 0 and 1, of x cut into numbers that the matrix unit multiplies exactly.
-
-    Two of them leave 2^-17 of an exponent, nothing beside the rounding of bfloat16 operands.
-    """
+    """A product with 0 and 1, of x cut into numbers that the matrix unit multiplies exactly."""
     matrix = jnp.where(taken, 1.0, 0.0).astype(jnp.bfloat16)
-    product = 0.0
-    for _ in range(3 if dtype == jnp.float32 else 2):
-        # Not a cast there and back, which XLA is free to leave out where it simulates this.
-        high = lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
-        product += dot(high.astype(jnp.bfloat16), matrix, contract)
-        x = x - high
-    return product
+    # Two terms leave 2^-16 of an exponent, which is nothing beside the rounding of bfloat16.
+    high = [_truncated(x)]
+    if dtype == jnp.float32:
+        high.append(_truncated(x - high[0]))
+    terms = *high, x - sum(high)
+    return sum(dot(term.astype(jnp.bfloat16), matrix, contract) for term in terms)
+
+
+def _truncated(x: jax.Array) -> jax.Array:
+    """The upper half of each number's bits, a bfloat16."""
+    bits = lax.bitcast_convert_type(x, jnp.int32) & -(2**16)
+    return lax.bitcast_convert_type(bits, jnp.float32)

@@ -80,13 +80,14 @@ def outputs(
         def _(i):
             columns = plan.columns(i)
             chunk = Chunk.of(k, v, log_decay, columns)
+            following = write(state[...], chunk, dtype)
 
             @pl.loop(0, len(q))
             def _(head):
                 queries = q[head, :, columns].astype(jnp.float32)
                 out[head, :, columns] = read(queries, state[...], chunk, dtype).astype(dtype)
 
-            state[...] = write(state[...], chunk, dtype)
+            state[...] = following
 
         @pl.when(pl.program_id(2) == pl.num_programs(2) - 1)
         def _():
