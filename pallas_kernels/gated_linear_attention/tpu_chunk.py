@@ -38,7 +38,7 @@ class Chunk(NamedTuple):
         return cls(k, v, finite(log_decay[:, columns]))
 
 
-def read(q: jax.Array, state: jax.Array, chunk: Chunk, dtype) -> jax.Array:
+def read(q: jax.Array, state: jax.Array, chunk: Chunk, *, dtype) -> jax.Array:
     """Outputs `[H,C]` of queries `[F,C]`; products are of operands in `dtype`."""
     queries = decayed(q, before(chunk.log_decay, dtype), dtype)
     past = product(state, queries, (0, 0), dtype)
@@ -46,7 +46,7 @@ def read(q: jax.Array, state: jax.Array, chunk: Chunk, dtype) -> jax.Array:
     return past + product(chunk.v, weights, (1, 0), dtype)
 
 
-def write(state: jax.Array, chunk: Chunk, dtype) -> jax.Array:
+def write(state: jax.Array, chunk: Chunk, *, dtype) -> jax.Array:
     """The state after the chunk."""
     keys = decayed(chunk.k, after(chunk.log_decay, dtype), dtype)
     return jnp.exp(total(chunk.log_decay)) * state + product(keys, chunk.v, (1, 1), dtype)

@@ -105,20 +105,21 @@ def _parts(q, k, log_decay, dtype):
 
 def _parts_forward(q, k, log_decay, dtype):
     count = _count(log_decay)
+    part = functools.partial(_part, q, k, log_decay, count=count, dtype=dtype)
 
     def add(i, scores):
-        return scores + _part(q, k, log_decay, i, count, dtype)
+        return scores + part(i=i)
 
     # The first part, mostly the only one, stands before the loop, among what it can overlap with.
-    scores = lax.fori_loop(1, count, add, _part(q, k, log_decay, 0, count, dtype))
-    return scores, (q, k, log_decay, count)
+    return lax.fori_loop(1, count, add, part(i=0)), (q, k, log_decay, count)
 
 
 def _parts_backward(dtype, residuals, d_scores):
     *arrays, count = residuals
 
     def pulled(i):
-        return jax.vjp(lambda *x: _part(*x, i, count, dtype), *arrays)[1](d_scores)
+        part = functools.partial(_part, i=i, count=count, dtype=dtype)
+        return jax.vjp(part, *arrays)[1](d_scores)
 
     def add(i, sums):
         return tuple(a + b for a, b in zip(sums, pulled(i), strict=True))
@@ -132,11 +133,14 @@ _parts.defvjp(_parts_forward, _parts_backward)
 def _count(log_decay: jax.Array) -> jax.Array:
     """How many parts it takes: blocks of 128 alone, or those and ever smaller ones."""
     strongest = -jnp.min(log_decay)
-    halves = (LANES >> level + 1 for level in range(LANES.bit_length() - 1))
-    return 1 + sum(jnp.where(strongest * half > _MILD, 1, 0) for half in halves)
+    count, half = jnp.int32(1), LANES // 2
+    while half:
+        count += jnp.where(strongest * half > _MILD, 1, 0)
+        half //= 2
+    return count
 
 
-def _part(q, k, log_decay, i, count, dtype):
+def _part(q, k, log_decay, *, i, count, dtype):
     """The i-th part: of pairs that blocks of 128 / 2^i hold and no half of one does.
 
     The last part is of all that are left.
@@ -184,12 +188,17 @@ _summed.defvjp(_summed_forward, _summed_backward)
 def _product(x: jax.Array, taken: jax.Array, contract: tuple[int, int], dtype) -> jax.Array:
     """A product with 0 and 1, of x cut into numbers that the matrix unit multiplies exactly."""
     matrix = jnp.where(taken, 1.0, 0.0).astype(jnp.bfloat16)
-    # Two terms leave 2^-16 of an exponent, which is nothing beside the rounding of bfloat16.
-    high = [_truncated(x)]
-    if dtype == jnp.float32:
-        high.append(_truncated(x - high[0]))
-    terms = *high, x - sum(high)
-    return sum(dot(term.astype(jnp.bfloat16), matrix, contract) for term in terms)
+
+    def term(x):
+        return dot(x.astype(jnp.bfloat16), matrix, contract)
+
+    high = _truncated(x)
+    rest = x - high
+    if dtype != jnp.float32:
+        # What is left out is 2^-16 of an exponent, nothing beside the rounding of bfloat16.
+        return term(high) + term(rest)
+    middle = _truncated(rest)
+    return term(high) + term(middle) + term(rest - middle)
 
 
 def _truncated(x: jax.Array) -> jax.Array:

@@ -7,9 +7,16 @@ r"""The sweeps of the TPU kernels: one state at a time, chunk after chunk, in VM
 
 The query heads that share a state are taken one after another, and sum their parts of the gradients
 of what they share on the chip.
+
+Of a chunk with F = H = 128, decays by channel and one query head, `outputs` moves 208 KiB and makes
+ten products of 128 x 128 x 128, six of them sums of log decays, some 320 cycles of a v5e's matrix
+units. Nothing was timed on a TPU: the compiler's schedule for a v5e is of 825 instructions a chunk,
+and 261 for each part of the scores after the first (`tpu_decay`); of `gradients`, 1862 and 705.
+With decays by head it is 447 and 1010.
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -80,12 +87,12 @@ def outputs(
         def _(i):
             columns = plan.columns(i)
             chunk = Chunk.of(k, v, log_decay, columns)
-            following = write(state[...], chunk, dtype)
+            following = write(state[...], chunk, dtype=dtype)
 
             @pl.loop(0, len(q))
             def _(head):
                 queries = q[head, :, columns].astype(jnp.float32)
-                out[head, :, columns] = read(queries, state[...], chunk, dtype).astype(dtype)
+                out[head, :, columns] = read(queries, state[...], chunk, dtype=dtype).astype(dtype)
 
             state[...] = following
 
@@ -139,14 +146,14 @@ def gradients(
         @pl.loop(0, plan.chunks - 1)
         def _(i):
             chunk = Chunk.of(k, v, log_decay, plan.columns(i))
-            states[i + 1] = write(states[i], chunk, dtype)
+            states[i + 1] = write(states[i], chunk, dtype=dtype)
 
         @pl.loop(0, plan.chunks)
         def _(j):
             i = plan.chunks - 1 - j
             columns = plan.columns(i)
             chunk = Chunk.of(k, v, log_decay, columns)
-            _, pull = jax.vjp(lambda *x: write(*x, dtype), states[i], chunk)
+            _, pull = jax.vjp(functools.partial(write, dtype=dtype), states[i], chunk)
             d_state[...], d_written = pull(d_state[...])
             for ref, x in zip(d_chunk, d_written, strict=True):
                 ref[...] = x
@@ -154,7 +161,7 @@ def gradients(
             @pl.loop(0, len(q))
             def _(head):
                 queries = q[head, :, columns].astype(jnp.float32)
-                _, pull = jax.vjp(lambda *x: read(*x, dtype), queries, states[i], chunk)
+                _, pull = jax.vjp(functools.partial(read, dtype=dtype), queries, states[i], chunk)
                 d_queries, d_past, d_read = pull(d_out[head, :, columns].astype(jnp.float32))
                 dq[head, :, columns] = d_queries.astype(dtype)
                 d_state[...] += d_past

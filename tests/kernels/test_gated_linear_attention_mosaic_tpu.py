@@ -20,7 +20,7 @@ CASES = {
         (2, 300, 2, 1, 16, 8), 0.1, PACKED, jnp.float32, 2,
     ),
     "channels, of all strengths, some reset, bfloat16": (
-        (1, 200, 2, 2, 24, 16), 5.0, None, jnp.bfloat16, 1,
+        (1, 400, 2, 2, 24, 16), 5.0, None, jnp.bfloat16, 1,
     ),
     "heads, strong, packed, ragged, bfloat16": (
         (2, 300, 2, 2, 8, 16), 3.0, PACKED, jnp.bfloat16, 4,
@@ -44,8 +44,8 @@ def inputs(name, size=1.0):
     by_head = name.startswith("heads")
     log_decay = -strength * np.abs(draw.normal(size=(B, T, M) if by_head else (B, T, M, F)))
     if "some reset" in name:
-        log_decay *= np.geomspace(1e-3, 1, T)[:, None, None]  # so that chunks differ
-        log_decay[:, 140, :, ::3] = -np.inf
+        log_decay *= np.geomspace(1e-3, 1, T)[:, None, None]  # so that each chunk is another case
+        log_decay[:, 390, :, ::3] = -np.inf
     arrays = (
         normal(B, T, N, F), normal(B, T, M, F), normal(B, T, M, H),
         jnp.asarray(log_decay, jnp.float32), normal(B, M, F, H, dtype=jnp.float32),
