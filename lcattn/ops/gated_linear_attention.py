@@ -77,8 +77,9 @@ def gated_linear_attention(
       chunk_size: tokens a chunk C, rounded up to a power of two; default 64. Changes speed and
         memory, never the result.
       implementation: "mosaic_gpu" (kernels for Hopper GPUs: bfloat16, F = H = 128; only when
-        named), "mosaic_tpu" (kernels for TPUs: bfloat16 or float32, F and H multiples of 8; only
-        when named), "xla" (chunks), "reference" (token by token), or None.
+        named), "mosaic_tpu" (kernels for TPUs: bfloat16 or float32, F and H multiples of 8; for the
+        gradient they keep a state every few hundred tokens; only when named), "xla" (chunks),
+        "reference" (token by token), or None.
 
     Returns:
       `[B,T,N,H]`, or that and the final state.

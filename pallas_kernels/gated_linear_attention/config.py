@@ -101,7 +101,7 @@ def tpu_vmem_bytes(chunks: int, groups: int, F: int, H: int, itemsize: int) -> i
     # block is loaded behind another.
     numbers = (2 * groups + 2) * F + (groups + 2) * H
     blocks = 2 * chunks * LANES * (numbers * itemsize + 2 * F * 4)
-    states = 4 * F * H * (chunks + 6)
+    states = 4 * F * (H + -H % LANES) * (chunks + 6)
     # Operands of float32 products are split.
     values = 4 * LANES * (20 * F + 6 * H + 8 * LANES) * (3 if itemsize == 4 else 2) // 2
     return blocks + states + values

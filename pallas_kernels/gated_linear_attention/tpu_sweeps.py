@@ -10,9 +10,9 @@ of what they share on the chip.
 
 Of a chunk with F = H = 128, decays by channel and one query head, `outputs` moves 208 KiB and makes
 ten products of 128 x 128 x 128, six of them sums of log decays, some 320 cycles of a v5e's matrix
-units. Nothing was timed on a TPU: the compiler's schedule for a v5e is of 825 instructions a chunk,
-and 261 for each part of the scores after the first (`tpu_decay`); of `gradients`, 1862 and 705.
-With decays by head it is 447 and 1010.
+units. Nothing was timed on a TPU: the compiler's schedule for a v5e is of 820 instructions a chunk,
+and 260 for each part of the scores after the first (`tpu_decay`); of `gradients`, 1860 and 700.
+With decays by head it is 450, and 1010 of `gradients`.
 """
 
 import dataclasses
