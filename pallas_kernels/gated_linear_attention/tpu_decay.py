@@ -149,7 +149,8 @@ def _part(q, k, log_decay, *, i, count, dtype):
     block = lax.shift_right_logical(jnp.int32(LANES), i)
     half = lax.shift_right_logical(block, 1)
     is_last = i == count - 1
-    # What token t (column) sums: right of the border those up to t, left of it those after t.
+    # What token t (column) sums: right of the border those up to t, left of it those after t, of
+    # which the difference is negative and its complement is not.
     token, t = key, query
     is_right = (t[:1] & half) > 0
     is_between = ((t - token) ^ jnp.where(is_right, 0, -1)) >= 0
