@@ -19,10 +19,11 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.linear_attention.documents import Chunk, Documents
 from pallas_kernels.linear_attention.features import FeatureMap
 from pallas_kernels.linear_attention.state import Copy
 from pallas_kernels.products import Products
-from pallas_kernels.tiles import TILE, iota
+from pallas_kernels.tiles import TILE
 
 States = tuple[jax.Array, jax.Array | None]
 """States of every head and group, float32: sums `[B,heads,groups,D,H]` and, where outputs are
@@ -70,15 +71,14 @@ class Plan:
         Args:
           body: the kernel.
           *arrays: its inputs, after the feature map's matrices.
-          grid: sizes of the grid's axes. A CTA has all slices of the state, or one if "slice" is
-            an axis.
+          grid: sizes of the grid's axes. Slices of the state are divided among the axis "slice".
           out_type: shapes of its outputs.
           scratch: its scratch, by argument.
           commits: whether every step commits its writes to shared memory before anything there is
             overwritten. Those are barriers of the warpgroup, and the compiler need add none.
         """
         constants = tuple(jnp.asarray(c) for c in self.feature_map.constants())
-        parts = self.slices if "slice" in grid else 1
+        parts = grid.get("slice", 1)
         own = {
             "constants": tuple(
                 plgpu.SMEM((c.shape[0] // parts, c.shape[1]), c.dtype) for c in constants
@@ -112,19 +112,19 @@ class Plan:
         queries, keys = self.feature_map.bind(constants, self.products, first)
         return (keys, queries) if self.transposed else (queries, keys)
 
-    def walk(self, step, arrays, *, length: int, heads: int, stages: int, state):
-        """Calls `step(tokens, *tiles, state) -> state` on every chunk of a CTA, in order.
+    def walk(self, step, arrays, documents, *, heads: int, stages: int, state):
+        """Calls `step(chunk, *tiles, state) -> state` on every chunk of a CTA, in order.
 
         Args:
-          step: its `tokens` is the chunk's slice of the sequence.
+          step: its `chunk` is a `Chunk`.
           arrays: `(array, kind)`, the kind of tile being "whole" for `[64, F]` of `[B,T,heads,F]`,
             "block" for the CTA's 64 columns of it, "token" for `[64]` of `[B,heads,T]`.
-          length: T.
+          documents: `Documents` or None.
           heads: heads of the grid.
           stages: chunks in flight.
           state: the state to start from.
         """
-        chunks = length // (TILE * self.groups)
+        chunks = arrays[0][0].shape[1] // (TILE * self.groups)
         batch, head = lax.axis_index("batch"), lax.axis_index("head")
         group, block = lax.axis_index("group"), lax.axis_index("block")
 
@@ -141,16 +141,19 @@ class Plan:
             )
 
         def body(index, *tiles_and_state):
-            return step(pl.ds(chunk(index[0]) * TILE, TILE), *tiles_and_state)
+            *tiles, state = tiles_and_state
+            own = None if documents is None else Documents(*tiles[len(arrays) :])
+            here = Chunk(pl.ds(chunk(index[0]) * TILE, TILE), self.transposed, own)
+            return step(here, *tiles[: len(arrays)], state)
 
+        specs, inputs = [spec(*pair) for pair in arrays], [array for array, _ in arrays]
+        if documents is not None:
+            row = plgpu.BlockSpec((None, TILE), lambda i: (batch, chunk(i)))
+            owners = plgpu.BlockSpec((None, None, 4), lambda i: (batch, chunk(i), 0))
+            specs, inputs = [*specs, row, row, owners], [*inputs, *documents]
         return plgpu.emit_pipeline(
-            body, grid=(chunks,), in_specs=[spec(*pair) for pair in arrays],
-            max_concurrent_steps=stages, init_carry=state,
-        )(*(array for array, _ in arrays))  # fmt: skip
-
-    def seen(self) -> jax.Array:
-        """Where a tile `[readers, writers]` of one chunk is causal."""
-        return iota(0) <= iota(1) if self.transposed else iota(0) >= iota(1)
+            body, grid=(chunks,), in_specs=specs, max_concurrent_steps=stages, init_carry=state
+        )(*inputs)
 
     def states_type(self, batch: int, heads: int, values: int):
         """The shapes of `States`."""
