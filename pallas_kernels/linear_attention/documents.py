@@ -105,8 +105,8 @@ class Chunk:
         """The state where it goes on, zeros where another document's begins."""
         if self.documents is None:
             return state
-        goes_on = self._owner() == self._next_owner()
-        return jax.tree.map(lambda x: jnp.where(goes_on, x, 0.0), state)
+        new = self._owner() - self._next_owner()
+        return jax.tree.map(lambda x: jnp.where(jnp.full(x.shape, new) == 0, x, 0.0), state)
 
     def _along_rows(self):
         return plgpu.load(self.documents.rows, layout=ALONG_ROWS)
