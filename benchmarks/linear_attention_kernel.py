@@ -4,10 +4,12 @@
 
 Every value and gradient is compared with the XLA form in float64 on fresh random inputs, after
 filling the memory that outputs are allocated from with NaN. Times are the sum of the kernels of
-one call (CUPTI, median of 9), and the wall time of a call with its host work (median of 30).
+one call (CUPTI, median of 9), and the wall time of a call with its host work (median of 30). Cases
+of growing length, which show that time is linear in it, are only timed.
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
@@ -15,15 +17,13 @@ import jax.numpy as jnp
 
 from benchmarks import kernels
 from lcattn.ops import linear_attention
-from pallas_kernels.linear_attention.config import LaunchConfig
-from pallas_kernels.linear_attention.mosaic_gpu import linear_attention as kernel
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One shape; `groups` None is the heuristic's."""
+    """One shape; so many `documents` of like length packed in each row, unless it is None."""
 
-    feature_map: Literal["taylor", "identity"]
+    feature_map: Literal["taylor", "elu", "identity"]
     B: int
     T: int
     N: int
@@ -31,18 +31,17 @@ class Case:
     F: int
     H: int
     normalize: bool
-    groups: int | None = None
-    stages: int = 2
+    documents: int | None = None
     reference_heads: int | None = None
 
     @property
     def name(self) -> str:
         """As the table spells it."""
-        split = "" if self.groups is None else f" groups={self.groups} stages={self.stages}"
         kind = "normalised" if self.normalize else "plain"
+        packed = "" if self.documents is None else f" documents={self.documents}"
         return (
             f"{self.feature_map} {kind} B={self.B} T={self.T} N={self.N} K={self.K} F={self.F}"
-            f" H={self.H}{split}"
+            f" H={self.H}{packed}"
         )
 
     def inputs(self, seed: int):
@@ -54,25 +53,30 @@ class Case:
             for key, shape in zip(keys, shapes, strict=True)
         )
 
-    def forms(self):
-        """Ours and XLA's."""
-        return {"mosaic_gpu": self.ours, "xla": self.reference}
+    def forms(self) -> dict[str, Callable]:
+        """Ours and, where outputs are compared, XLA's."""
+        ours = {"mosaic_gpu": self.form("mosaic_gpu")}
+        return ours if self.reference_heads == 0 else ours | {"xla": self.reference}
 
-    def ours(self, q, k, v):
-        """The kernel."""
-        config = (
-            None if self.groups is None else LaunchConfig(groups=self.groups, stages=self.stages)
-        )
-        return kernel(
-            q, k, v, feature_map=self.feature_map, scale=self.F**-0.5, normalize=self.normalize,
-            config=config,
-        )[0]  # fmt: skip
-
-    def reference(self, q, k, v):
+    @property
+    def reference(self):
         """The op's XLA form."""
-        return linear_attention(
-            q, k, v, feature_map=self.feature_map, normalize=self.normalize, implementation="xla"
-        )
+        return self.form("xla")
+
+    def form(self, implementation: str):
+        """The op, by one implementation."""
+
+        def run(q, k, v):
+            segment_ids = None
+            if self.documents is not None:
+                segment_ids = jnp.arange(self.T, dtype=jnp.int32) * self.documents // self.T
+                segment_ids = jnp.broadcast_to(segment_ids, (self.B, self.T))
+            return linear_attention(
+                q, k, v, feature_map=self.feature_map, normalize=self.normalize,
+                segment_ids=segment_ids, implementation=implementation,
+            )  # fmt: skip
+
+        return run
 
     def floor(self, *, backward: bool) -> float:
         """Seconds: the larger of matrix work and traffic, each input and output moved once.
@@ -90,31 +94,29 @@ class Case:
         return max(tokens * self.N * flops / kernels.MATRIX_RATE, tokens * size / kernels.BANDWIDTH)
 
 
-TAYLOR: dict[str, Any] = {
-    "feature_map": "taylor",
-    "N": 16,
-    "K": 16,
-    "F": 16,
-    "H": 64,
-    "normalize": True,
-}
-IDENTITY: dict[str, Any] = {
-    "feature_map": "identity",
-    "N": 16,
-    "K": 16,
-    "F": 128,
-    "H": 128,
-    "normalize": False,
-}
+TAYLOR: dict[str, Any] = {"feature_map": "taylor", "F": 16, "H": 64, "normalize": True}
+IDENTITY: dict[str, Any] = {"feature_map": "identity", "F": 128, "H": 128, "normalize": False}
+ELU: dict[str, Any] = IDENTITY | {"feature_map": "elu", "normalize": True}
+HEADS: dict[str, Any] = {"N": 16, "K": 16}
+LENGTHS = [2**n for n in range(11, 18)]
+
 CASES = [
-    Case(B=1, T=32768, **TAYLOR),
-    Case(B=16, T=2048, **TAYLOR),
-    Case(B=1, T=32768, **IDENTITY),
-    Case(B=1, T=1024, **TAYLOR),
-    Case(B=1, T=1000, **(TAYLOR | {"K": 4, "H": 128})),
-    Case(B=4, T=8192, **TAYLOR),
-    Case(B=1, T=32768, **(TAYLOR | {"normalize": False})),
-    Case(B=1, T=131072, **TAYLOR),
+    Case(B=1, T=32768, **TAYLOR, **HEADS),
+    Case(B=16, T=2048, **TAYLOR, **HEADS),
+    Case(B=1, T=32768, **IDENTITY, **HEADS),
+    Case(B=1, T=32768, **TAYLOR, **HEADS, documents=13),
+    Case(B=16, T=2048, **TAYLOR, **HEADS, documents=5),
+    Case(B=1, T=32768, **ELU, **HEADS),
+    Case(B=1, T=32768, **ELU, **HEADS, documents=13),
+    *(
+        Case(B=1, T=T, **kind, **HEADS, reference_heads=0)
+        for kind in (TAYLOR, IDENTITY)
+        for T in LENGTHS
+    ),
+    Case(B=1, T=1024, **TAYLOR, **HEADS),
+    Case(B=1, T=1000, **(TAYLOR | {"H": 128}), N=16, K=4),
+    Case(B=4, T=8192, **TAYLOR, **HEADS),
+    Case(B=1, T=32768, **(TAYLOR | {"normalize": False}), **HEADS),
 ]
 
 if __name__ == "__main__":

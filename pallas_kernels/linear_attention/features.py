@@ -306,7 +306,7 @@ class Identity:
         return self.size // TILE + self.has_constant
 
     def constants(self) -> tuple[np.ndarray, ...]:
-        """Where features are summed, a column of ones: the matrix unit takes the sum over tokens."""
+        """Where features are summed, a column of ones: the matrix unit sums over tokens."""
         ones = np.eye(1, 16).repeat(self.num_slices * TILE, axis=0)
         return (ones.astype(jnp.bfloat16),) if self.normalized else ()
 

@@ -72,4 +72,3 @@ def pays(*, sizes: Sizes, chunk_size: int | None, **call) -> bool:
     """
     del call
     return sizes.T >= _PAYS_FROM and chunk_size is None and jax.device_count() == 1
-
