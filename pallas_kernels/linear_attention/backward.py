@@ -119,7 +119,7 @@ def identity_gradients(
     reverse = forward.replace(transposed=True)
     ends = _of_values(d_end)
     if plan.groups > 1:
-        ends = carried(group_sums(reverse, g, q, documents, e), ends, documents, reverse=True)
+        ends = carried(group_sums(reverse, g, q, documents, bias=e), ends, documents, reverse=True)
     dq, _, _ = outputs(forward, g, v, k, _of_values(starts), documents, e)
     dk, _, d_starts = outputs(reverse, v, g, q, ends, documents, e)
     plain = None if ends is None else (_of_keys(ends, H)[0], None)
@@ -203,13 +203,12 @@ def _input_gradients(
             e_parts[h, b, n, chunk.tokens] = number
             return number
 
-        def step(chunk, x, y, u, w, *rest):
-            *rest, state = rest
+        def step(chunk, x, y, u, w, e, out, inverse, state):
             number = weights = None
-            if divided is not None:
-                number = over_columns(of_sums(chunk, u, *rest))
+            if out is not None:
+                number = over_columns(of_sums(chunk, u, out, inverse))
             elif e is not None:
-                weights = plgpu.load(rest[0], layout=ALONG_COLUMNS)
+                weights = plgpu.load(e, layout=ALONG_COLUMNS)
                 number = over_rows(once * weights)
 
             grad = zeros(F)
@@ -239,11 +238,11 @@ def _input_gradients(
                 plgpu.wait_smem_to_gmem(0)  # g has left what the next chunk will be copied to
             return state
 
-        arrays = [(x, "whole"), (y, "whole"), (u, "block"), (w, "block")]
-        if divided is not None:
-            arrays += [(divided.out, "block"), (divided.inverse, "token")]
-        if e is not None:
-            arrays.append((e, "token"))
+        out, inverse = divided or (None, None)
+        arrays = [
+            (x, "whole"), (y, "whole"), (u, "block"), (w, "block"),
+            (e, "token"), (out, "block"), (inverse, "token"),
+        ]  # fmt: skip
         state = plan.walk(
             step, arrays, documents, heads=N, stages=plan.gradient_stages, state=state
         )

@@ -91,11 +91,6 @@ class FeatureMap(Protocol):
         ...
 
     @property
-    def has_constant(self) -> bool:
-        """Whether there is one more feature, with weights of tokens, in a slice of its own."""
-        ...
-
-    @property
     def output_scale(self) -> float:
         """A factor of the similarity, left out of everything but what leaves a kernel."""
         ...
@@ -140,7 +135,6 @@ class Taylor:
 
     size = 1 + 16 + 16 * 17 // 2
     num_slices = 3
-    has_constant = False
     output_scale = 1.0
 
     def constants(self) -> tuple[np.ndarray, ...]:

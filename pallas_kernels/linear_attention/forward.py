@@ -72,9 +72,8 @@ def outputs(
             state = load_state(*plan.of_cta(starts, N), plan.slices)
         copy.renew(state)
 
-        def step(chunk, x, y, w, *bias_and_state):
-            *bias, state = bias_and_state
-            constant = plgpu.load(bias[0], layout=along) if bias else None
+        def step(chunk, x, y, w, bias, state):
+            constant = None if bias is None else plgpu.load(bias, layout=along)
             sums, total = zeros(TILE), []
             product = products.maybe(readers.row_product(0, x))
             for i in range(plan.slices):
@@ -107,9 +106,7 @@ def outputs(
             copy.renew(state)
             return state
 
-        arrays = [(x, "whole"), (y, "whole"), (w, "block")]
-        if bias is not None:
-            arrays.append((bias, "token"))
+        arrays = [(x, "whole"), (y, "whole"), (w, "block"), (bias, "token")]
         state = plan.walk(step, arrays, documents, heads=N, stages=plan.stages, state=state)
         store_state(state, *plan.of_cta(ends, N))
         plgpu.wait_smem_to_gmem(0)
@@ -133,42 +130,44 @@ def group_sums(
     w: jax.Array,
     documents: Documents | None,
     weights: jax.Array | None = None,
+    bias: jax.Array | None = None,
 ) -> States:
     """What each group adds to a state: `phi(y)ᵀ w`, and `phi(y)` times the tokens' weights.
 
     The slices of a state are independent, so each gets a CTA of its own: with a single slice in
-    registers, many more CTAs are resident.
+    registers, many more CTAs are resident. Only a constant feature needs to know which slice it is.
 
     Args:
       plan: options.
       y: tokens that write, `[B,T,heads,F]`.
       w: what they write, `[B,T,heads,H]`.
       documents: packed documents, or None.
-      weights: `[B,heads,T]` in float32, or None for ones. Where the feature map has a constant
-        feature, they are that.
+      weights: `[B,heads,T]` in float32, or None for ones.
+      bias: the constant feature of y, `[B,heads,T]` in float32, if the feature map has one.
     """
     (B, _, N), H = y.shape[:3], w.shape[3]
-    slices = plan.slices if plan.feature_map.has_constant else 1
+    slices = 1 if bias is None else plan.slices
 
-    def linear_attention_group_sums(sources, y, w, weights, documents, sums, *, constants, barrier):
-        first = 0 if slices > 1 else lax.axis_index("slice")
+    def linear_attention_group_sums(
+        sources, y, w, weights, bias, documents, sums, *, constants, barrier
+    ):
+        first = lax.axis_index("slice") if bias is None else 0
         _, writers = plan.bind(sources, constants, barrier, first)
 
-        def step(chunk, y, w, *weights_and_state):
-            *weights, state = weights_and_state
-            numbers = plgpu.load(weights[0], layout=ALONG_COLUMNS) if weights else None
-            kind = "constant" if plan.feature_map.has_constant else "weights"
-            return absorb(state, writers, chunk, y, w, plan.products, **{kind: numbers})
+        def step(chunk, y, w, weights, bias, state):
+            numbers = (
+                None if ref is None else plgpu.load(ref, layout=ALONG_COLUMNS)
+                for ref in (weights, bias)
+            )  # fmt: skip
+            return absorb(state, writers, chunk, y, w, plan.products, *numbers)
 
-        arrays = [(y, "whole"), (w, "block")]
-        if weights is not None:
-            arrays.append((weights, "token"))
+        arrays = [(y, "whole"), (w, "block"), (weights, "token"), (bias, "token")]
         state = zero_state(slices, plan.normalize)
         state = plan.walk(step, arrays, documents, heads=N, stages=plan.stages, state=state)
         store_state(state, *plan.of_cta(sums, N), first=first)
 
     (sums,) = plan.launch(
-        linear_attention_group_sums, y, w, weights, documents,
+        linear_attention_group_sums, y, w, weights, bias, documents,
         grid=plan.grid(N, w) | {"slice": plan.slices // slices},
         out_type=(plan.states_type(B, N, H),), scratch={}, commits=False,
     )  # fmt: skip

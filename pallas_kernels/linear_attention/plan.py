@@ -118,7 +118,8 @@ class Plan:
         Args:
           step: its `chunk` is a `Chunk`.
           arrays: `(array, kind)`, the kind of tile being "whole" for `[64, F]` of `[B,T,heads,F]`,
-            "block" for the CTA's 64 columns of it, "token" for `[64]` of `[B,heads,T]`.
+            "block" for the CTA's 64 columns of it, "token" for `[64]` of `[B,heads,T]`. Instead of
+            arrays that are None, `step` is given None.
           documents: `Documents` or None.
           heads: heads of the grid.
           stages: chunks in flight.
@@ -140,17 +141,21 @@ class Plan:
                 (None, TILE, None, width), lambda i: (batch, chunk(i), own, column)
             )
 
-        def body(index, *tiles_and_state):
-            *tiles, state = tiles_and_state
-            own = None if documents is None else Documents(*tiles[len(arrays) :])
-            here = Chunk(pl.ds(chunk(index[0]) * TILE, TILE), self.transposed, own)
-            return step(here, *tiles[: len(arrays)], state)
-
-        specs, inputs = [spec(*pair) for pair in arrays], [array for array, _ in arrays]
+        given = [pair for pair in arrays if pair[0] is not None]
+        specs, inputs = [spec(*pair) for pair in given], [array for array, _ in given]
         if documents is not None:
             row = plgpu.BlockSpec((None, TILE), lambda i: (batch, chunk(i)))
             owners = plgpu.BlockSpec((None, None, 4), lambda i: (batch, chunk(i), 0))
             specs, inputs = [*specs, row, row, owners], [*inputs, *documents]
+
+        def body(index, *tiles_and_state):
+            *refs, state = tiles_and_state
+            tiles = iter(refs)
+            of_step = [None if array is None else next(tiles) for array, _ in arrays]
+            own = None if documents is None else Documents(*tiles)
+            here = Chunk(pl.ds(chunk(index[0]) * TILE, TILE), self.transposed, own)
+            return step(here, *of_step, state)
+
         return plgpu.emit_pipeline(
             body, grid=(chunks,), in_specs=specs, max_concurrent_steps=stages, init_carry=state
         )(*inputs)
