@@ -80,12 +80,17 @@ def errors(case: Case, compiled) -> dict[str, float]:
     got = [np.asarray(x[:, :, heads], np.float64) for x in compiled(*arrays)]
     with jax.enable_x64(True):
         wide = [x[:, :, heads].astype(jnp.float64) for x in arrays]
-        want = [np.asarray(x) for x in jax.jit(gradients(case.reference))(*wide)]
+        want = [np.asarray(x) for x in reference_for(case)(*wide)]
     names = ("out", "dq", "dk", "dv", "dg")[: len(got)]
     return {
         name: float(np.linalg.norm(a - b) / np.linalg.norm(b))
         for name, a, b in zip(names, got, want, strict=True)
     }
+
+
+def reference_for(case: Case) -> Callable:
+    """The reference and its gradients, of wider inputs."""
+    return jax.jit(gradients(case.reference))
 
 
 def poison() -> None:
@@ -122,7 +127,8 @@ def times(compiled, *arrays) -> dict:
 def measure(case: Case) -> dict:
     """One row of the record."""
     *arrays, g = case.inputs(seed=0)
-    row: dict[str, Any] = {"case": case.name, **dataclasses.asdict(case), "errors": {}}  # pyrefly: ignore
+    row: dict[str, Any] = {"case": case.name, **dataclasses.asdict(case)}  # pyrefly: ignore
+    row["errors"] = {}
     for name, f in case.forms().items():
         both = compile_for(case, f, backward=True)
         if name == "mosaic_gpu" and case.reference_heads != 0:
