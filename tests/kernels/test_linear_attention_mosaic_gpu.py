@@ -15,8 +15,8 @@ from pallas_kernels.linear_attention.config import LaunchConfig, heuristic
 kernel = mosaic_gpu.linear_attention
 
 
-# A document may fill a chunk, begin inside one, and go on from one group of chunks to the next.
-PACKED = [[2] * 70 + [3] * 60 + [-1] * 10 + [5] + [6] * 99]
+# A document may fill a chunk, begin with it or inside, and go on from one group to the next.
+PACKED = [[2] * 64 + [3] * 74 + [-1] * 10 + [5] + [6] * 91]
 PADDED = [[-1] * 3 + [2] * 30 + [3] * 67, [-1] * 100]
 
 CASES = {
