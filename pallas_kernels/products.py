@@ -52,8 +52,8 @@ class Products:
 
         return pl.run_scoped(issue, _accumulator(a, b))
 
-    def maybe(self, pair: Pair | None) -> jax.Array | None:
-        """The product of a pair, if there is one."""
+    def maybe(self, pair: Pair | None) -> Any:
+        """The product of a pair, or None."""
         return None if pair is None else self.product(*pair)
 
     def products(
@@ -107,8 +107,8 @@ class Products:
 
     def accumulate_beside(
         self, total: jax.Array, a: Operand, b: Operand, other: Pair | None
-    ) -> tuple[jax.Array, jax.Array | None]:
-        """`total + a b`, and another product, if there is one, in flight at once."""
+    ) -> tuple[jax.Array, Any]:
+        """`total + a b`, and another product (None if there is none), in flight at once."""
         if other is None:
             return self.accumulate(total, a, b), None
         rows, columns = other[0].shape[0], other[1].shape[1]

@@ -34,6 +34,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.linear_attention.documents import Documents
+from pallas_kernels.linear_attention.features import Identity
 from pallas_kernels.linear_attention.forward import carried, group_sums, outputs
 from pallas_kernels.linear_attention.plan import Plan, States
 from pallas_kernels.linear_attention.state import absorb, load_state, store_state, zero_state
@@ -113,8 +114,9 @@ def identity_gradients(
         g = d_out.astype(jnp.float32) * divided.inverse.swapaxes(1, 2)[..., None]
         e = -jnp.sum(g * divided.out.astype(jnp.float32), axis=-1).swapaxes(1, 2)
         g = g.astype(q.dtype)
-    of_values = plan.feature_map.replace(size=H, normalized=False, has_constant=e is not None)
-    of_keys = plan.feature_map.replace(normalized=False)
+    scale = plan.feature_map.output_scale
+    of_values = Identity(size=H, output_scale=scale, has_constant=e is not None)
+    of_keys = Identity(size=q.shape[3], output_scale=scale)
     forward = plan.replace(normalize=False, feature_map=of_values)
     reverse = forward.replace(transposed=True)
     ends = _of_values(d_end)

@@ -5,7 +5,7 @@ it if that is their document, and of a chunk only the newest document goes into 
 """
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, override
 
 import jax
 import jax.numpy as jnp
@@ -35,9 +35,9 @@ class Documents(NamedTuple):
         chunk has tokens of others than the first.
     """
 
-    rows: jax.Array
-    columns: jax.Array
-    owners: jax.Array
+    rows: Any
+    columns: Any
+    owners: Any
 
 
 def pack(documents: jax.Array) -> Documents:
@@ -58,53 +58,71 @@ class Chunk:
     Attributes:
       tokens: its slice of the sequence.
       transposed: whether keys read what later queries wrote.
-      documents: the chunk's part of `Documents`, in shared memory, or None.
     """
 
     tokens: Any
     transposed: bool
-    documents: Documents | None
 
     def seen(self) -> jax.Array:
         """Which writer (column) each reader (row) sees."""
-        seen = iota(0) <= iota(1) if self.transposed else iota(0) >= iota(1)
-        if self.documents is not None:
-            seen &= over_columns(self._along_rows()) == over_rows(self._along_columns())
-        return seen
+        return iota(0) <= iota(1) if self.transposed else iota(0) >= iota(1)
 
     def read(self, past: jax.Array) -> jax.Array:
         """What tokens read from the state, a row or a number each: 0 where it is not theirs."""
-        if self.documents is None:
-            return past
+        return past
+
+    def weights(self, weights: jax.Array | None = None) -> jax.Array | None:
+        """Weights of tokens that write, along columns, 0 of those that do not; None for ones."""
+        return weights
+
+    def silence(self, y) -> None:
+        """Makes zeros, in shared memory, of the tokens that do not write."""
+
+    def keep(self, state: Any) -> Any:
+        """The state where it goes on, zeros where another document's begins."""
+        return state
+
+
+@dataclasses.dataclass(frozen=True)
+class PackedChunk(Chunk):
+    """A chunk of packed documents.
+
+    Attributes:
+      documents: the chunk's part, in shared memory.
+    """
+
+    documents: Documents
+
+    @override
+    def seen(self):
+        return super().seen() & (
+            over_columns(self._along_rows()) == over_rows(self._along_columns())
+        )
+
+    @override
+    def read(self, past):
         own = self._along_rows()
         if past.ndim == 2:
             own = over_columns(own, past.shape[1])
         return jnp.where(own == self._owner(), past, 0.0)
 
-    def weights(self, weights: jax.Array | None = None) -> jax.Array | None:
-        """Weights of tokens that write, along columns, 0 of those that do not; None for ones."""
-        if self.documents is None:
-            return weights
+    @override
+    def weights(self, weights=None):
         own = self._along_columns() == self._next_owner()
         return jnp.where(own, 1.0 if weights is None else weights, 0.0)
 
-    def silence(self, y) -> None:
-        """Makes zeros, in shared memory, of the tokens that do not write."""
-        if self.documents is None:
-            return
+    @override
+    def silence(self, y):
 
         @pl.when(self.documents.owners[2] > 0)
         def _():
             plgpu.commit_smem()  # all warps have read the tile
-            width = y.shape[1]
-            own = over_columns(self._along_rows(), width) == self._next_owner()
+            own = over_columns(self._along_rows(), y.shape[1]) == self._next_owner()
             y[...] = jnp.where(own, plgpu.load(y, layout=WGMMA), 0.0).astype(y.dtype)
             plgpu.commit_smem()
 
+    @override
     def keep(self, state):
-        """The state where it goes on, zeros where another document's begins."""
-        if self.documents is None:
-            return state
         new = self._owner() - self._next_owner()
         return jax.tree.map(lambda x: jnp.where(jnp.full(x.shape, new) == 0, x, 0.0), state)
 

@@ -13,7 +13,7 @@ are one product. Entries are powers of two, so that both factors are exact.
 """
 
 import dataclasses
-from typing import Protocol
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -62,7 +62,7 @@ class Side(Protocol):
         """The product that `rows` takes."""
         ...
 
-    def rows(self, index: int, x, product: jax.Array | None, weights: jax.Array | None) -> Rows:
+    def rows(self, index: int, x, product: Any, weights: jax.Array | None = None) -> Rows:
         """`phi_i(x)`; weights lie along rows."""
         ...
 
@@ -70,9 +70,7 @@ class Side(Protocol):
         """The product that `columns` takes."""
         ...
 
-    def columns(
-        self, index: int, x, product: jax.Array | None, weights: jax.Array | None
-    ) -> Columns:
+    def columns(self, index: int, x, product: Any, weights: jax.Array | None = None) -> Columns:
         """`phi_i(x)ᵀ`; weights lie along columns."""
         ...
 
@@ -202,13 +200,13 @@ class TaylorSide:
         a, b = product[:TILE], product[TILE:]
         return _Pairs(self._left(index, a, 0, weights), self._right(index, b, 0))
 
-    def pull(self, index, x, d_rows: Pair, then, grad: jax.Array) -> jax.Array:
+    def pull(self, index, x, past: Pair, then, grad: jax.Array) -> jax.Array:
         """`grad`, the gradient of x `[64, 16]`, plus the chain rule of `rows`.
 
         Args:
           index: the slice.
           x: the tokens.
-          d_rows: the gradient of the features is what `then` makes of this product.
+          past: the gradient of the features is what `then` makes of this product.
           then: see there.
           grad: the sum so far.
         """
@@ -216,7 +214,7 @@ class TaylorSide:
         # from are empty rows of L and R, so that nothing comes of their gradient.
         both = self._selection(index)
         left, right = both.at[pl.ds(0, TILE)], both.at[pl.ds(TILE, TILE)]
-        d_rows, b = self.products.products(d_rows, (x, right.transpose((1, 0))), then)
+        d_rows, b = self.products.products(past, (x, right.transpose((1, 0))), then)
         d_a = (d_rows * self._right(index, b, 1)).astype(x.dtype)
         grad, a = self.products.accumulate_beside(grad, d_a, left, (x, left.transpose((1, 0))))
         d_b = (d_rows * self._left(index, a, 1, None)).astype(x.dtype)
@@ -259,7 +257,7 @@ class _Pairs:
     b: jax.Array
 
     @property
-    def operand(self):
+    def operand(self) -> jax.Array:
         return self._values.astype(jnp.bfloat16)
 
     def dot(self, totals):
@@ -289,10 +287,6 @@ class Identity:
     output_scale: float = 1.0
     normalized: bool = False
     has_constant: bool = False
-
-    def replace(self, **changes) -> "Identity":
-        """A copy with some fields changed."""
-        return dataclasses.replace(self, **changes)
 
     @property
     def num_slices(self) -> int:
@@ -354,7 +348,15 @@ class _IdentitySide:
 
 @dataclasses.dataclass(frozen=True)
 class _Constant:
+    """Never summed: it is there where outputs are not normalised."""
+
     operand: jax.Array
+
+    def dot(self, totals):
+        raise NotImplementedError
+
+    def summed(self, weights):
+        raise NotImplementedError
 
 
 @dataclasses.dataclass(frozen=True)

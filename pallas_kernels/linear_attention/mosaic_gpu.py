@@ -13,6 +13,7 @@ Operands of products are bfloat16; scores, sums, normaliser and state are float3
 
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -161,8 +162,9 @@ def _attend_backward(plan, residuals, cotangents):
 _attend.defvjp(_attend_forward, _attend_backward, symbolic_zeros=True)
 
 
-def _instantiated(x):
-    return jnp.zeros(x.shape, x.dtype) if isinstance(x, SymbolicZero) else x
+def _instantiated(x: Any) -> jax.Array:
+    zero = x
+    return jnp.zeros(zero.shape, zero.dtype) if isinstance(x, SymbolicZero) else x
 
 
 def _in_slices(plan: Plan, state):

@@ -19,7 +19,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.linear_attention.documents import Chunk, Documents
+from pallas_kernels.linear_attention.documents import Chunk, Documents, PackedChunk
 from pallas_kernels.linear_attention.features import FeatureMap
 from pallas_kernels.linear_attention.state import Copy
 from pallas_kernels.products import Products
@@ -152,8 +152,8 @@ class Plan:
             *refs, state = tiles_and_state
             tiles = iter(refs)
             of_step = [None if array is None else next(tiles) for array, _ in arrays]
-            own = None if documents is None else Documents(*tiles)
-            here = Chunk(pl.ds(chunk(index[0]) * TILE, TILE), self.transposed, own)
+            place = pl.ds(chunk(index[0]) * TILE, TILE), self.transposed
+            here = Chunk(*place) if documents is None else PackedChunk(*place, Documents(*tiles))
             return step(here, *of_step, state)
 
         return plgpu.emit_pipeline(
