@@ -4,8 +4,7 @@
 
 Every value and gradient is compared with the XLA form in float64 on fresh random inputs, after
 filling the memory that outputs are allocated from with NaN. Times are the sum of the kernels of
-one call (CUPTI, median of 9), and the wall time of a call with its host work (median of 30). Cases
-of growing length, which show that time is linear in it, are only timed.
+one call (CUPTI, median of 9), and the wall time of a call with its host work (median of 30).
 """
 
 import dataclasses
@@ -54,9 +53,8 @@ class Case:
         )
 
     def forms(self) -> dict[str, Callable]:
-        """Ours and, where outputs are compared, XLA's."""
-        ours = {"mosaic_gpu": self.ours}
-        return ours if self.reference_heads == 0 else ours | {"xla": self.reference}
+        """Ours and XLA's."""
+        return {"mosaic_gpu": self.ours, "xla": self.reference}
 
     @property
     def ours(self):
@@ -114,11 +112,6 @@ CASES = [
     Case(B=16, T=2048, **TAYLOR, documents=5),
     Case(B=1, T=32768, **ELU),
     Case(B=1, T=32768, **ELU, documents=13),
-    *(
-        Case(B=1, T=2**n, **kind, reference_heads=0)
-        for kind in (TAYLOR, IDENTITY)
-        for n in range(11, 18)
-    ),
     Case(B=1, T=1024, **TAYLOR),
     Case(B=1, T=1024, **IDENTITY),
     Case(B=1, T=1000, **(TAYLOR | {"H": 128, "K": 4})),

@@ -104,7 +104,7 @@ def kernels() -> str:
                 f"{100 * ours['floor_share']:.0f} %",
                 _milliseconds(row, "xla", kind),
                 *([_milliseconds(row, _SOFTMAX, kind)] if softmax else []),
-                max(row["errors"].values(), default="–"),
+                max(row["errors"].values()),
             )
             for row in record["rows"]
             for kind, ours in row["mosaic_gpu"].items()
