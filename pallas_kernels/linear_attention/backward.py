@@ -37,7 +37,7 @@ from pallas_kernels.linear_attention.documents import Documents
 from pallas_kernels.linear_attention.features import Identity
 from pallas_kernels.linear_attention.forward import carried, group_sums, outputs
 from pallas_kernels.linear_attention.plan import Plan, States
-from pallas_kernels.linear_attention.state import absorb, load_state, store_state, zero_state
+from pallas_kernels.linear_attention.state import absorb, store_state
 from pallas_kernels.tiles import (
     ALONG_COLUMNS,
     ALONG_ROWS,
@@ -187,10 +187,7 @@ def _input_gradients(
         readers, writers = plan.bind(sources, constants, barrier)
         b, n, h = (lax.axis_index(axis) for axis in ("batch", "head", "block"))
         once = jnp.where(h == 0, 1.0, 0.0)  # one block counts what does not depend on values
-        if starts is None:
-            state = zero_state(plan.slices, plan.normalize)
-        else:
-            state = load_state(*plan.of_cta(starts, N), plan.slices)
+        state = plan.start(starts, N)
         copy.renew(state)
 
         def of_sums(chunk, d_out, out, inverse):

@@ -25,7 +25,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.linear_attention.documents import Documents
 from pallas_kernels.linear_attention.plan import Plan, States
-from pallas_kernels.linear_attention.state import absorb, load_state, store_state, zero_state
+from pallas_kernels.linear_attention.state import absorb, store_state, zero_state
 from pallas_kernels.tiles import ALONG_COLUMNS, ALONG_ROWS, TILE, over_columns, over_rows, zeros
 
 
@@ -66,10 +66,7 @@ def outputs(
         readers, writers = plan.bind(sources, constants, barrier)
         b, n = lax.axis_index("batch"), lax.axis_index("head")
         block = pl.ds(lax.axis_index("block") * TILE, TILE)
-        if starts is None:
-            state = zero_state(plan.slices, plan.normalize)
-        else:
-            state = load_state(*plan.of_cta(starts, N), plan.slices)
+        state = plan.start(starts, N)
         copy.renew(state)
 
         def step(chunk, x, y, w, bias, state):

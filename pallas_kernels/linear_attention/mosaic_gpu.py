@@ -5,8 +5,9 @@ r"""Causal linear attention for Hopper GPUs, in Pallas Mosaic GPU.
 in the chunked form: dense inside a chunk of 64 tokens, a state of fixed size between chunks. The
 state stays in the registers of one warpgroup that walks the chunks (`forward`); the gradient walks
 them three times more, recomputing states rather than storing them (`backward`). Feature maps
-(`features`): the second-order Taylor series of exp for F = 16, and the identity. A sequence is
-split among several warpgroups where batch and heads are too few to fill the chip (`config`).
+(`features`): the second-order Taylor series of exp for F = 16, and the identity. Documents packed
+in a row share its state (`documents`). A sequence is split among several warpgroups where batch and
+heads are too few to fill the chip (`config`).
 
 Operands of products are bfloat16; scores, sums, normaliser and state are float32.
 """

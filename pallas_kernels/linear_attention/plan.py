@@ -21,7 +21,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.linear_attention.documents import Chunk, Documents, PackedChunk
 from pallas_kernels.linear_attention.features import FeatureMap
-from pallas_kernels.linear_attention.state import Copy
+from pallas_kernels.linear_attention.state import Copy, State, load_state, zero_state
 from pallas_kernels.products import Products
 from pallas_kernels.tiles import TILE
 
@@ -175,6 +175,12 @@ class Plan:
         at = lax.axis_index("batch"), head, lax.axis_index("group")
         values = pl.ds(lax.axis_index("block") * TILE, TILE)
         return sums.at[(*at, slice(None), values)], None if totals is None else totals.at[at]
+
+    def start(self, states, heads: int) -> State:
+        """The state that the CTA starts from: zeros if there are no `States`."""
+        if states is None:
+            return zero_state(self.slices, self.normalize)
+        return load_state(*self.of_cta(states, heads), self.slices)
 
     def copy_scratch(self) -> Copy:
         """Scratch of a state's copy."""
