@@ -121,12 +121,14 @@ def kernels() -> str:
             "least FLOPs, bytes and (softplus) exp2 and log2 over their rates. Errors are "
             "relative to float64: the largest of the output and all gradients."
         )
-    return "\n\n".join([*parts, _growth(), _compiled_for_tpus()])
+    parts += [
+        _growth(load(path)) for path in sorted(RECORDS.glob("*/linear_attention_growth.json"))
+    ]
+    return "\n\n".join([*parts, _compiled_for_tpus()])
 
 
-def _growth() -> str:
+def _growth(record: Mapping[str, Any]) -> str:
     """Whether the time of the linear-attention kernels is linear in the length."""
-    record = load(RECORDS / "h200" / "linear_attention_growth.json")
     rows = []
     for before, row in itertools.pairwise(record["rows"]):
         if row["T"] == 2 * before["T"]:
