@@ -51,6 +51,7 @@ class Decay(NamedTuple):
     terms: Any
     factor: Any
     levels: Any
+    halves: Any
 
     @property
     def rows(self) -> int:
@@ -60,9 +61,9 @@ class Decay(NamedTuple):
     @classmethod
     def of(cls, log_decay: jax.Array) -> "Decay":
         """From log decays `[B,T,heads,F]`, T in whole chunks."""
-        log_decay = jnp.maximum(log_decay, _NO_STATE_LEFT)
         B, T, M, F = log_decay.shape
         terms = log_decay
+        log_decay = jnp.maximum(log_decay, _NO_STATE_LEFT)
         if log_decay.dtype != jnp.bfloat16:
             # Not a cast there and back, which XLA is free to leave out.
             high = lax.reduce_precision(log_decay, exponent_bits=8, mantissa_bits=7)
@@ -73,7 +74,10 @@ class Decay(NamedTuple):
             log_decay.reshape(B, T // TILE, 2, TILE // 2, M, F), axis=3, dtype=jnp.float32
         )
         mild = sums.min(axis=4).min(axis=2) >= -_MILD
-        return cls(terms, jnp.exp(sums.sum(axis=2)), jnp.where(mild, 1, LEVELS).astype(jnp.int32))
+        return cls(
+            terms, jnp.exp(sums.sum(axis=2)), jnp.where(mild, 1, LEVELS).astype(jnp.int32),
+            jnp.exp(sums),
+        )  # fmt: skip
 
 
 Tokens = Callable[[jax.Array, jax.Array], jax.Array]
