@@ -15,12 +15,12 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.gated_linear_attention.backward import feature_gradients, value_gradients
+from pallas_kernels.gated_linear_attention.backward import feature_gradients
 from pallas_kernels.gated_linear_attention.config import LaunchConfig, heuristic
 from pallas_kernels.gated_linear_attention.decay import Decay
 from pallas_kernels.gated_linear_attention.forward import outputs
 from pallas_kernels.gated_linear_attention.plan import Plan
-from pallas_kernels.gated_linear_attention.states import states_of_chunks
+from pallas_kernels.gated_linear_attention.states import starts_of_groups, sweep
 from pallas_kernels.tiles import TILE
 
 
@@ -70,9 +70,8 @@ def objection(*, dtype, F: int, H: int) -> str | None:
     """Why the kernels do not serve a call, in words, or None."""
     if dtype != jnp.bfloat16:
         return f"take bfloat16, not {jnp.dtype(dtype).name}"
-    if F != 128 or H != 128:
-        # At F = 64 an H200 gave wrong gradients of the log decays; H = 64 has only run forward.
-        return f"take keys and values of size 128, not F={F}, H={H}"
+    if F != H or F not in (64, 128):
+        return f"take keys and values of one size, 64 or 128, not F={F}, H={H}"
     return None
 
 
@@ -83,24 +82,26 @@ def _attend(plan: Plan, q, k, v, log_decay, start):
 
 def _attend_forward(plan, q, k, v, log_decay, start):
     decay = Decay.of(log_decay)
-    states, final = states_of_chunks(plan, k, v, decay, start, reverse=False)
-    return (outputs(plan, q, k, v, decay, states), final), (q, k, v, log_decay, start)
+    starts = starts_of_groups(plan, k, v, decay, start)
+    out, _, ends = outputs(plan, q, k, v, decay, starts)
+    residuals = q, k, v, log_decay, start, starts
+    return (out, ends[:, :: q.shape[2] // k.shape[2], -1]), residuals
 
 
 def _attend_backward(plan, residuals, cotangents):
-    q, k, v, log_decay, start = residuals
+    q, k, v, log_decay, start, starts = residuals
     d_out, d_final = cotangents
+    M, shared = k.shape[2], q.shape[2] // k.shape[2]
     decay = Decay.of(log_decay)
-    states, _ = states_of_chunks(plan, k, v, decay, start, reverse=False)
+    states, _ = sweep(plan, k, v, decay, starts, keep=True)
     # One of the query heads that share a state, the first, answers for its gradient.
-    first = jnp.arange(q.shape[2]) % (q.shape[2] // k.shape[2]) == 0
-    d_end = jnp.repeat(d_final / plan.scale, q.shape[2] // k.shape[2], axis=1)
-    d_end = jnp.where(first[:, None, None], d_end, 0)
-    d_states, d_start = states_of_chunks(plan, q, d_out, decay, d_end, reverse=True)
-    dv = value_gradients(plan, q, k, d_out, decay, d_states)
+    first = jnp.arange(q.shape[2]) % shared == 0
+    d_final = jnp.where(first[:, None, None], jnp.repeat(d_final / plan.scale, shared, axis=1), 0)
+    d_ends = starts_of_groups(plan, q, d_out, decay, d_final, reverse=True)
+    dv, d_states, d_starts = outputs(plan, k, q, d_out, decay, d_ends, reverse=True, keep=True)
     dq, dk, dg = feature_gradients(plan, q, k, v, d_out, decay, states, d_states)
-    dk, dv, dg = (_per_state(x, k.shape[2], axis=2) for x in (dk, dv, dg))
-    d_start = None if start is None else plan.scale * _per_state(d_start, k.shape[2], axis=1)
+    dk, dv, dg = (_per_state(x, M, axis=2) for x in (dk, dv, dg))
+    d_start = None if start is None else plan.scale * _per_state(d_starts[:, :, 0], M, axis=1)
     return dq, dk.astype(k.dtype), dv.astype(v.dtype), dg.astype(log_decay.dtype), d_start
 
 
