@@ -26,6 +26,8 @@ from pallas_kernels.gated_linear_attention.decay import (
     LOWEST,
     Decay,
     after,
+    from_middle,
+    is_strong,
     make_finite,
     matrix,
     mild_level,
@@ -73,11 +75,11 @@ def feature_gradients(
             (here.of_state(states).at[features], state),
             (here.of_state(d_states).at[features], d_state),
             (here.of_tokens(q).at[:, features], query), (here.of_tokens(k).at[:, features], key),
-            (here.terms(decay).at[:, features], terms), (here.halves(decay).at[:, features], halves),
+            (here.terms(decay).at[:, features], terms), (here.halves(decay), halves),
         ):  # fmt: skip
             plgpu.copy_gmem_to_smem(source, target, barrier)
-        strong = here.strong(decay)
         plgpu.barrier_wait(barrier)
+        strong = is_strong(halves)
 
         halves_of_values = [pl.ds(i * TILE, TILE) for i in range(H // TILE)]
         through[...] = sum(
@@ -105,12 +107,13 @@ def feature_gradients(
 
         def mild():
             d_scores, outer_q, outer_k = read_all()
-            level = mild_level(products, terms)
-            begin(level, d_scores)
+            sums = summed(products, from_middle, terms)
+            begin(mild_level(sums), d_scores)
             d_q, inner_k = products.accumulate_both(
                 (outer_q, square, keys), (zeros(TILE), square.transpose((1, 0)), queries)
             )
             past[...] = (_load(keys) * outer_k).astype(past.dtype)
+            level = mild_level(lax.optimization_barrier(sums))  # found anew, to save registers
             change = _load(queries) * d_q - _load(keys) * inner_k
             return level.queries * d_q, level.keys * (outer_k + inner_k), change
 
@@ -151,7 +154,7 @@ def feature_gradients(
         total += products.product(matrix(from_t_on), keys)
         total += products.product(matrix(before), past)
         # States that are read in strong chunks do not have the halves' decays in them.
-        first, second = (plgpu.load(halves.at[i], layout=ALONG_COLUMNS) for i in range(2))
+        first, second = (plgpu.load(halves.at[i, features], layout=ALONG_COLUMNS) for i in range(2))
         whole = jnp.where(strong > 0, 1.0, 0.0)
         last = plgpu.load(through, layout=ALONG_COLUMNS) * (1 - whole + whole * first * second)
         total = plan.scale * (total + over_rows(last))
@@ -171,7 +174,7 @@ def feature_gradients(
         scratch={
             "query": shared(TILE, TILE), "key": shared(TILE, TILE), "value": shared(TILE, H),
             "grad": shared(TILE, H), "terms": shared(decay.rows, TILE),
-            "halves": plgpu.SMEM((2, TILE), jnp.float32), "state": shared(TILE, H),
+            "halves": plgpu.SMEM((2, F), jnp.float32), "state": shared(TILE, H),
             "d_state": shared(TILE, H), "square": shared(TILE, TILE),
             "through": plgpu.SMEM((TILE,), jnp.float32), "barrier": plgpu.Barrier(num_arrivals=8),
         },

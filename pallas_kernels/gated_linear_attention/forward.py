@@ -13,6 +13,8 @@ tokens in shared memory, for all; that is where they wait for each other, once a
 where it is known that nobody reads the last chunk's tiles any more.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -24,6 +26,7 @@ from pallas_kernels.gated_linear_attention.decay import (
     Factors,
     after,
     from_middle,
+    is_strong,
     make_finite,
     matrix,
     mild_level,
@@ -72,13 +75,12 @@ def outputs(
     products = plan.products
 
     def gated_linear_attention_outputs(
-        x, y, w, decay, starts, out, kept, ends, *, ring, ready, sums, copy, tile, met
+        x, y, w, decay, strong_groups, starts, out, kept, ends, *, ring, ready, sums, copy, tile, met
     ):
         batch, group, head = (lax.axis_index(axis) for axis in ("batch", "group", "head"))
         me = lax.axis_index("warpgroup") if slices > 1 else 0
 
         def chunk(i):
-            i = jnp.minimum(i, chunks - 1)
             return Chunk(batch, group * chunks + (chunks - 1 - i if reverse else i), head, N)
 
         def fill(i):
@@ -93,9 +95,7 @@ def outputs(
                 plgpu.barrier_arrive(met)
                 plgpu.barrier_wait(met)
 
-        def step(i, carry):
-            state, strong = carry
-            following = chunk(i + 1).strong(decay)
+        def step(i, state, all_mild):
             slot = lax.rem(i, _STAGES)
             x, y, w, terms, halves = (tile.at[slot] for tile in ring)
             # Found anew in each step, or descriptors of tiles stay in registers.
@@ -111,7 +111,7 @@ def outputs(
                     target.at[:, own][...] = times(source, factor)
 
             def scale_mildly():
-                level = mild_level(products, terms.at[:, own], sums)
+                level = mild_level(summed(products, sums, terms.at[:, own]))
                 scale_with([z.at[:, own] for z in (x, y)], level.queries, level.keys)
                 return zeros(TILE)
 
@@ -138,7 +138,11 @@ def outputs(
                 plgpu.commit_smem()
                 return scores
 
-            scores = lax.cond(strong > 0, strong_scores, scale_mildly)
+            if all_mild:
+                strong, scores = 0, scale_mildly()
+            else:
+                strong = is_strong(halves)
+                scores = lax.cond(strong > 0, strong_scores, scale_mildly)
             kept_state, factors = [], []
             for j in range(slices):
                 features = pl.ds(j * TILE, TILE)
@@ -171,7 +175,7 @@ def outputs(
                 for factor, part in zip(factors, state, strict=True)
             )
             store(plan.scale * total, here.of_tokens(out).at[:, own], tile.at[mine])
-            return state, following
+            return state
 
         values = pl.ds(me * TILE, TILE)
         state = (zeros(TILE),) * slices
@@ -191,7 +195,13 @@ def outputs(
                 fill(jnp.int32(i))
 
         meet()
-        state, _ = lax.fori_loop(0, chunks, step, (state, chunk(0).strong(decay)))
+        gate = head // (N // strong_groups.shape[1])
+        state = lax.cond(
+            strong_groups[batch, gate, group] > 0,
+            lambda state: lax.fori_loop(0, chunks, functools.partial(step, all_mild=False), state),
+            lambda state: lax.fori_loop(0, chunks, functools.partial(step, all_mild=True), state),
+            state,
+        )
         for j in range(slices):
             ends[batch, head, group, pl.ds(j * TILE, TILE), values] = state[j]
         plgpu.wait_smem_to_gmem(0)
@@ -200,7 +210,8 @@ def outputs(
         return plgpu.SMEM((_STAGES, rows, width), dtype)
 
     return plan.launch(
-        gated_linear_attention_outputs, x, y, w, decay, starts, warpgroups=slices, commits=True,
+        gated_linear_attention_outputs, x, y, w, decay,
+        decay.strong_groups(plan.config.groups), starts, warpgroups=slices, commits=True,
         grid={"batch": B, "group": plan.config.groups, "head": N},
         out_type=(
             jax.ShapeDtypeStruct((B, T, N, H), x.dtype if x.shape[2] == N else jnp.float32),

@@ -91,10 +91,6 @@ class Chunk:
         """What is left of a state after each half, `[2,F]`."""
         return decay.halves.at[self.batch, self.index, :, self._shared(decay.halves.shape[3])]
 
-    def strong(self, decay: Decay):
-        """Whether the chunk is not mild, 1 or 0."""
-        return decay.strong[self.batch, self.index, self._shared(decay.strong.shape[2])]
-
     def of_state(self, array):
         """The part of `[B,its heads,chunks,F,H]`."""
         return array.at[self.batch, self._shared(array.shape[1]), self.index]

@@ -20,6 +20,7 @@ from pallas_kernels.gated_linear_attention.decay import (
     Decay,
     Factors,
     after,
+    is_strong,
     make_finite,
     summed,
     times,
@@ -61,24 +62,20 @@ def sweep(
     def gated_linear_attention_states(x, w, decay, starts, kept, ends, *, scaled, tile):
         batch, group = lax.axis_index("batch"), lax.axis_index("group")
         head, features = lax.axis_index("head"), pl.ds(lax.axis_index("slice") * TILE, TILE)
-        gate = head // (heads // decay.strong.shape[2])
+        gate = head // (heads // decay.halves.shape[3])
 
         def chunk(i):
             return group * chunks + (chunks - 1 - i if reverse else i)
-
-        def strong(i):
-            return Chunk(batch, chunk(jnp.minimum(i, chunks - 1)), head, heads).strong(decay)
 
         def spec(head, rows, width, column):
             return plgpu.BlockSpec(
                 (None, rows, None, width), lambda i: (batch, chunk(i), head, column)
             )
 
-        def step(index, x, w, halves, terms, carry):
-            state, is_strong = carry
-            following = strong(index[0] + 1)
-            factors = Factors.of(halves, is_strong, reverse=reverse)
-            pl.when(is_strong > 0)(lambda: make_finite(terms))
+        def step(index, x, w, halves, terms, state):
+            strong = is_strong(halves)
+            factors = Factors.of(halves.at[:, features], strong, reverse=reverse)
+            pl.when(strong > 0)(lambda: make_finite(terms))
             sums = summed(plan.products, up_to if reverse else after, terms)
             scaled[...] = times(x, jnp.exp(sums))
             if keep:
@@ -89,7 +86,7 @@ def sweep(
                 here = Chunk(batch, chunk(index[0]), head, heads)
                 plgpu.copy_smem_to_gmem(tile, here.of_state(kept).at[features])
             state *= over_columns(factors.keep * factors.pass_on, H)
-            return plan.products.accumulate(state, scaled.transpose((1, 0)), w), following
+            return plan.products.accumulate(state, scaled.transpose((1, 0)), w)
 
         at = batch, head, group, features
         state = zeros(H)
@@ -97,11 +94,11 @@ def sweep(
             state = plgpu.load(starts.at[at], layout=WGMMA, optimized=False)
         slice_ = lax.axis_index("slice")
         halves = plgpu.BlockSpec(
-            (None, None, 2, None, TILE), lambda i: (batch, chunk(i), 0, gate, slice_)
+            (None, None, 2, None, F), lambda i: (batch, chunk(i), 0, gate, 0)
         )
-        ends[at], _ = plgpu.emit_pipeline(
+        ends[at] = plgpu.emit_pipeline(
             step, grid=(chunks,), max_concurrent_steps=plan.config.stages,
-            init_carry=(state, strong(0)),
+            init_carry=state,
             in_specs=[
                 spec(head, TILE, TILE, slice_), spec(head, TILE, H, 0), halves,
                 spec(gate, decay.rows, TILE, slice_),
@@ -140,7 +137,7 @@ def starts_of_groups(
     if groups == 1:
         return None if outer is None else outer[:, :, None]
     _, sums = sweep(plan, x, w, decay, reverse=reverse)
-    left = jnp.repeat(decay.over_groups(groups), x.shape[2] // decay.strong.shape[2], axis=1)
+    left = jnp.repeat(decay.over_groups(groups), x.shape[2] // decay.halves.shape[3], axis=1)
     state = jnp.zeros_like(sums[:, :, 0]) if outer is None else outer
     starts = {}
     for group in range(groups)[::-1] if reverse else range(groups):
