@@ -115,7 +115,9 @@ def feature_gradients(
             past[...] = (_load(keys) * outer_k).astype(past.dtype)
             level = mild_level(lax.optimization_barrier(sums))  # found anew, to save registers
             change = _load(queries) * d_q - _load(keys) * inner_k
-            return level.queries * d_q, level.keys * (outer_k + inner_k), change
+            d_q = (plan.scale * level.queries * d_q).astype(dq.dtype)
+            d_k = (plan.scale * level.keys * (outer_k + inner_k)).astype(dk.dtype)
+            return d_q, d_k, change
 
         def strongly():
             make_finite(terms)
@@ -134,34 +136,37 @@ def feature_gradients(
                 d_q += level.queries * inner
                 change += _load(queries) * inner
                 inner = products.product(square.transpose((1, 0)), queries)
-                d_k += level.keys * inner
-                return d_q, d_k, change - _load(keys) * inner
+                return d_q, d_k + level.keys * inner, change - _load(keys) * inner
 
             sums = d_q, d_k, _load(query) * d_q
-            return over_strong_levels(add, sums, products=products, terms=terms)
+            d_q, d_k, change = over_strong_levels(add, sums, products=products, terms=terms)
+            return (plan.scale * d_q).astype(dq.dtype), (plan.scale * d_k).astype(dk.dtype), change
 
-        d_q, d_k, change = lax.cond(strong > 0, strongly, mild)
-        store(plan.scale * d_q, here.of_tokens(dq).at[:, features], query)
-        store(plan.scale * d_k, here.of_tokens(dk).at[:, features], key)
+        def finish(d_q, d_k, change):
+            store(d_q, here.of_tokens(dq).at[:, features], query)
+            store(d_k, here.of_tokens(dk).at[:, features], key)
 
-        # The log decays.
-        high = change.astype(jnp.bfloat16)
-        queries[...] = high
-        keys[...] = (change - high.astype(jnp.float32)).astype(jnp.bfloat16)
-        plgpu.commit_smem()
-        # Not `accumulate`: of two products of one matrix in registers the second came out wrong.
-        total = products.product(matrix(from_t_on), queries)
-        total += products.product(matrix(from_t_on), keys)
-        total += products.product(matrix(before), past)
-        # States that are read in strong chunks do not have the halves' decays in them.
-        first, second = (plgpu.load(halves.at[i, features], layout=ALONG_COLUMNS) for i in range(2))
-        whole = jnp.where(strong > 0, 1.0, 0.0)
-        last = plgpu.load(through, layout=ALONG_COLUMNS) * (1 - whole + whole * first * second)
-        total = plan.scale * (total + over_rows(last))
-        forgets = _load(terms.at[pl.ds(0, TILE)]) < LOWEST
-        target = here.of_tokens(dg).at[:, features]
-        store(jnp.where(forgets, 0.0, total), target, square)
-        plgpu.wait_smem_to_gmem(0)
+            # The log decays.
+            high = change.astype(jnp.bfloat16)
+            queries[...] = high
+            keys[...] = (change - high.astype(jnp.float32)).astype(jnp.bfloat16)
+            plgpu.commit_smem()
+            # Not `accumulate`: of two products of one matrix in registers the second came out wrong.
+            total = products.product(matrix(from_t_on), queries)
+            total += products.product(matrix(from_t_on), keys)
+            total += products.product(matrix(before), past)
+            # States that are read in strong chunks do not have the halves' decays in them.
+            first, second = (plgpu.load(halves.at[i, features], layout=ALONG_COLUMNS) for i in range(2))
+            whole = jnp.where(strong > 0, 1.0, 0.0)
+            last = plgpu.load(through, layout=ALONG_COLUMNS) * (1 - whole + whole * first * second)
+            total = plan.scale * (total + over_rows(last))
+            forgets = _load(terms.at[pl.ds(0, TILE)]) < LOWEST
+            target = here.of_tokens(dg).at[:, features]
+            store(jnp.where(forgets, 0.0, total), target, square)
+            plgpu.wait_smem_to_gmem(0)
+
+        pl.when(strong > 0)(lambda: finish(*strongly()))
+        pl.when(strong == 0)(lambda: finish(*mild()))
 
     summable = q.dtype if k.shape[2] == N else jnp.float32  # over query heads
     return plan.launch(
