@@ -32,6 +32,7 @@ from pallas_kernels.gated_linear_attention.decay import (
     matrix,
     mild_level,
     over_strong_levels,
+    passed,
     summed,
     times,
     up_to,
@@ -79,12 +80,10 @@ def feature_gradients(
         ):  # fmt: skip
             plgpu.copy_gmem_to_smem(source, target, barrier)
         plgpu.barrier_wait(barrier)
-        strong = is_strong(halves)
-
-        halves_of_values = [pl.ds(i * TILE, TILE) for i in range(H // TILE)]
+        blocks = [pl.ds(i, TILE) for i in range(0, H, TILE)]
         through[...] = sum(
-            (_load(state.at[:, part]) * _load(d_state.at[:, part])).sum(axis=1)
-            for part in halves_of_values
+            (_load(state.at[:, block]) * _load(d_state.at[:, block])).sum(axis=1)
+            for block in blocks
         )
 
         def read_all():
@@ -142,7 +141,8 @@ def feature_gradients(
             d_q, d_k, change = over_strong_levels(add, sums, products=products, terms=terms)
             return (plan.scale * d_q).astype(dq.dtype), (plan.scale * d_k).astype(dk.dtype), change
 
-        def finish(d_q, d_k, change):
+        def run(strong):
+            d_q, d_k, change = strongly() if strong else mild()
             store(d_q, here.of_tokens(dq).at[:, features], query)
             store(d_k, here.of_tokens(dk).at[:, features], key)
 
@@ -150,23 +150,23 @@ def feature_gradients(
             high = change.astype(jnp.bfloat16)
             queries[...] = high
             keys[...] = (change - high.astype(jnp.float32)).astype(jnp.bfloat16)
+            from_here, earlier = square, all_scores
+            from_here[...] = matrix(from_t_on)
+            earlier[...] = matrix(before)
             plgpu.commit_smem()
-            # Not `accumulate`: of two products of one matrix in registers the second came out wrong.
-            total = products.product(matrix(from_t_on), queries)
-            total += products.product(matrix(from_t_on), keys)
-            total += products.product(matrix(before), past)
-            # States that are read in strong chunks do not have the halves' decays in them.
-            first, second = (plgpu.load(halves.at[i, features], layout=ALONG_COLUMNS) for i in range(2))
-            whole = jnp.where(strong > 0, 1.0, 0.0)
-            last = plgpu.load(through, layout=ALONG_COLUMNS) * (1 - whole + whole * first * second)
+            total, low = products.products((from_here, queries), (from_here, keys))
+            total = products.accumulate(total + low, earlier, past)
+            last = plgpu.load(through, layout=ALONG_COLUMNS)
+            if strong:  # states that are read in mild chunks have decayed up to the middle
+                first, second = passed(halves.at[:, features], ALONG_COLUMNS)
+                last *= first * second
             total = plan.scale * (total + over_rows(last))
-            forgets = _load(terms.at[pl.ds(0, TILE)]) < LOWEST
-            target = here.of_tokens(dg).at[:, features]
-            store(jnp.where(forgets, 0.0, total), target, square)
+            if strong:
+                total = jnp.where(_load(terms.at[pl.ds(0, TILE)]) < LOWEST, 0.0, total)
+            store(total, here.of_tokens(dg).at[:, features], square)
             plgpu.wait_smem_to_gmem(0)
 
-        pl.when(strong > 0)(lambda: finish(*strongly()))
-        pl.when(strong == 0)(lambda: finish(*mild()))
+        lax.cond(is_strong(halves) > 0, lambda: run(strong=True), lambda: run(strong=False))
 
     summable = q.dtype if k.shape[2] == N else jnp.float32  # over query heads
     return plan.launch(

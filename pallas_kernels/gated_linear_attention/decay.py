@@ -119,9 +119,17 @@ def matrix(weights: Weights, rows: int = TILE) -> jax.Array:
 
 
 def summed(products: Products, weights: Weights | Operand, terms) -> jax.Array:
-    """Sums `[64,columns]` of a chunk's terms in shared memory, by weights or their matrix."""
-    operand = matrix(weights, terms.shape[0]) if callable(weights) else weights
-    return products.product(operand, terms)
+    """Sums `[64,columns]` of a chunk's terms in shared memory.
+
+    Args:
+      products: the matrix unit.
+      weights: those of the sums, or their matrix `[64,64]` in shared memory.
+      terms: `[64 or 128,columns]`.
+    """
+    if callable(weights):
+        return products.product(matrix(weights, terms.shape[0]), terms)
+    parts = (terms.at[pl.ds(i, TILE)] for i in range(0, terms.shape[0], TILE))
+    return functools.reduce(operator.add, (products.product(weights, part) for part in parts))
 
 
 def make_finite(terms) -> None:
@@ -139,31 +147,16 @@ def is_strong(halves) -> jax.Array:
     return jnp.where(jnp.minimum(*least) < _MILD, 1, 0)
 
 
-class Factors(NamedTuple):
-    """What a state, one number a feature along rows of a tile, is multiplied with in a chunk.
+def passed(halves, layout, *, reverse: bool = False) -> tuple[jax.Array, jax.Array]:
+    """What is left of a state after the half of a chunk that it enters first, and the other.
 
-    Attributes:
-      read: where the chunk reads it.
-      keep: before the chunk writes to it.
-      pass_on: after that.
+    Args:
+      halves: `[2,64]` in shared memory.
+      layout: along which side of a tile the features lie.
+      reverse: whether the state comes from the end.
     """
-
-    read: jax.Array
-    keep: jax.Array
-    pass_on: jax.Array
-
-    @classmethod
-    def of(cls, halves, strong: jax.Array, *, reverse: bool) -> "Factors":
-        """From a chunk's `[2,64]` in shared memory; `reverse` if the state comes from the end."""
-        first, second = (
-            plgpu.load(halves.at[i], layout=ALONG_ROWS) for i in ((1, 0) if reverse else (0, 1))
-        )
-        whole = jnp.where(strong > 0, 1.0, 0.0)  # the chip's compiler takes no scalar condition
-        return cls(
-            whole + (1 - whole) * first,
-            first * (whole * second + (1 - whole)),
-            whole + (1 - whole) * second,
-        )
+    first, second = (plgpu.load(halves.at[i], layout=layout) for i in range(2))
+    return (second, first) if reverse else (first, second)
 
 
 class Level(NamedTuple):

@@ -23,7 +23,6 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.gated_linear_attention.decay import (
     Decay,
-    Factors,
     after,
     from_middle,
     is_strong,
@@ -31,12 +30,13 @@ from pallas_kernels.gated_linear_attention.decay import (
     matrix,
     mild_level,
     over_strong_levels,
+    passed,
     summed,
     times,
     up_to,
 )
 from pallas_kernels.gated_linear_attention.plan import Chunk, Plan, shared, store
-from pallas_kernels.tiles import TILE, WGMMA, iota, over_columns, zeros
+from pallas_kernels.tiles import ALONG_ROWS, TILE, WGMMA, iota, over_columns, zeros
 
 _STAGES = 2  # as many chunks as fit in shared memory
 
@@ -67,7 +67,7 @@ def outputs(
 
     Returns:
       `[B,T,N,H]`, in float32 if x has fewer heads, for sums of those that share a head;
-      `[B,N,chunks,F,H]` in bfloat16, times `Factors.read`, or None; and `[B,N,groups,F,H]` in
+      `[B,N,chunks,F,H]` in bfloat16, in mild chunks decayed up to the middle, or None; and `[B,N,groups,F,H]` in
       float32.
     """
     (B, T), N, F, H = x.shape[:2], max(x.shape[2], y.shape[2]), x.shape[3], w.shape[3]
@@ -95,14 +95,13 @@ def outputs(
                 plgpu.barrier_arrive(met)
                 plgpu.barrier_wait(met)
 
-        def step(i, state, all_mild):
-            slot = lax.rem(i, _STAGES)
-            x, y, w, terms, halves = (tile.at[slot] for tile in ring)
+        def step(i, state, *, strong):
+            x, y, w, terms, halves = (tile.at[lax.rem(i, _STAGES)] for tile in ring)
             # Found anew in each step, or descriptors of tiles stay in registers.
             here, mine = chunk(i), lax.optimization_barrier(me) if slices > 1 else 0
             own = pl.ds(mine * TILE, TILE)
             mixed, read = w.at[:, own], copy.at[mine]
-            plgpu.barrier_wait(ready.at[slot])
+            terms = terms.at[:, own]
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # `tile` and `read`
 
             def scale_with(sources, queries, keys):
@@ -110,15 +109,9 @@ def outputs(
                 for target, source, factor in zip((x, y), sources, factors, strict=True):
                     target.at[:, own][...] = times(source, factor)
 
-            def scale_mildly():
-                level = mild_level(summed(products, sums, terms.at[:, own]))
-                scale_with([z.at[:, own] for z in (x, y)], level.queries, level.keys)
-                return zeros(TILE)
-
             def strong_scores():
-                make_finite(terms.at[:, own])
-                # Neither holds anything yet.
-                whole = [read.at[pl.ds(0, TILE)], tile.at[mine]]
+                make_finite(terms)
+                whole = [read.at[pl.ds(0, TILE)], tile.at[mine]]  # which hold nothing yet
                 for source, target in zip((x, y), whole, strict=True):
                     target[...] = plgpu.load(source.at[:, own], layout=WGMMA)
                 plgpu.commit_smem()
@@ -131,25 +124,25 @@ def outputs(
                     return jnp.where(level.part, part, scores)
 
                 scores = over_strong_levels(
-                    add, zeros(TILE), products=products, terms=terms.at[:, own], transposed=reverse
+                    add, zeros(TILE), products=products, terms=terms, transposed=reverse
                 )
-                around = (jnp.exp(summed(products, t, terms.at[:, own])) for t in (up_to, after))
-                scale_with(whole, *around)
+                scale_with(whole, *(jnp.exp(summed(products, t, terms)) for t in (up_to, after)))
                 plgpu.commit_smem()
                 return scores
 
-            if all_mild:
-                strong, scores = 0, scale_mildly()
+            if strong:
+                scores = strong_scores()
             else:
-                strong = is_strong(halves)
-                scores = lax.cond(strong > 0, strong_scores, scale_mildly)
-            kept_state, factors = [], []
+                level = mild_level(summed(products, sums, terms))
+                scale_with([z.at[:, own] for z in (x, y)], level.queries, level.keys)
+            kept_state, passes = [], []
             for j in range(slices):
                 features = pl.ds(j * TILE, TILE)
-                factor = Factors.of(halves.at[:, features], strong, reverse=reverse)
-                read.at[features][...] = (over_columns(factor.read) * state[j]).astype(read.dtype)
-                kept_state.append(over_columns(factor.keep) * state[j])
-                factors.append(factor)
+                first, second = passed(halves.at[:, features], ALONG_ROWS, reverse=reverse)
+                to_middle = state[j] if strong else over_columns(first) * state[j]
+                read.at[features][...] = to_middle.astype(read.dtype)
+                kept_state.append(over_columns(first * second) * state[j] if strong else to_middle)
+                passes.append(second)
             meet()
 
             @pl.when((me == 0) & (i >= 1) & (i - 1 + _STAGES < chunks))
@@ -158,9 +151,12 @@ def outputs(
 
             if keep:
                 plgpu.copy_smem_to_gmem(read, here.of_state(kept).at[:, own])
-            mild_scores, total = products.products((x, y.transpose((1, 0))), (x, read))
-            distance = iota(1) - iota(0) if reverse else iota(0) - iota(1)
-            scores += jnp.where(distance >= TILE * strong, mild_scores, 0.0)
+            if strong:
+                total = products.product(x, read)
+            else:
+                scores, total = products.products((x, y.transpose((1, 0))), (x, read))
+                seen = iota(0) <= iota(1) if reverse else iota(0) >= iota(1)
+                scores = jnp.where(seen, scores, 0.0)
             total = products.accumulate(total, scores.astype(mixed.dtype), mixed)
             writes = [
                 (kept_state[j], y.at[:, pl.ds(j * TILE, TILE)].transpose((1, 0)), mixed)
@@ -170,12 +166,24 @@ def outputs(
                 state = products.accumulate_both(*writes)
             else:
                 state = (products.accumulate(*writes[0]),)
-            state = tuple(
-                over_columns(factor.pass_on) * part
-                for factor, part in zip(factors, state, strict=True)
-            )
+            if not strong:
+                state = tuple(over_columns(p) * s for p, s in zip(passes, state, strict=True))
             store(plan.scale * total, here.of_tokens(out).at[:, own], tile.at[mine])
             return state
+
+        def wait(i):
+            slot = lax.rem(i, _STAGES)
+            plgpu.barrier_wait(ready.at[slot])
+            return slot
+
+        def mild_step(i, state):
+            wait(i)
+            return step(i, state, strong=False)
+
+        def any_step(i, state):
+            strong = is_strong(ring[-1].at[wait(i)])
+            steps = (functools.partial(step, i, strong=strong) for strong in (True, False))
+            return lax.cond(strong > 0, *steps, state)
 
         values = pl.ds(me * TILE, TILE)
         state = (zeros(TILE),) * slices
@@ -190,7 +198,7 @@ def outputs(
 
         @pl.when(me == 0)
         def _():
-            sums[...] = matrix(from_middle, decay.rows)
+            sums[...] = matrix(from_middle)
             for i in range(min(_STAGES, chunks)):
                 fill(jnp.int32(i))
 
@@ -198,8 +206,8 @@ def outputs(
         gate = head // (N // strong_groups.shape[1])
         state = lax.cond(
             strong_groups[batch, gate, group] > 0,
-            lambda state: lax.fori_loop(0, chunks, functools.partial(step, all_mild=False), state),
-            lambda state: lax.fori_loop(0, chunks, functools.partial(step, all_mild=True), state),
+            lambda state: lax.fori_loop(0, chunks, any_step, state),
+            lambda state: lax.fori_loop(0, chunks, mild_step, state),
             state,
         )
         for j in range(slices):
@@ -224,7 +232,7 @@ def outputs(
                 ring(2, F, jnp.float32),
             ),
             "ready": plgpu.Barrier(num_barriers=_STAGES, num_arrivals=5),
-            "sums": shared(TILE, decay.rows),
+            "sums": shared(TILE, TILE),
             "copy": plgpu.SMEM((slices, F, TILE), jnp.bfloat16),
             "tile": plgpu.SMEM((slices, TILE, TILE), jnp.bfloat16),
             "met": plgpu.Barrier(num_arrivals=slices),

@@ -18,16 +18,16 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.gated_linear_attention.decay import (
     Decay,
-    Factors,
     after,
     is_strong,
     make_finite,
+    passed,
     summed,
     times,
     up_to,
 )
 from pallas_kernels.gated_linear_attention.plan import Chunk, Plan, shared
-from pallas_kernels.tiles import TILE, WGMMA, over_columns, zeros
+from pallas_kernels.tiles import ALONG_ROWS, TILE, WGMMA, over_columns, zeros
 
 
 def sweep(
@@ -53,7 +53,7 @@ def sweep(
       keep: whether to store the states that chunks read.
 
     Returns:
-      `[B,heads,chunks,F,H]` in bfloat16, times `Factors.read`, or None; and
+      `[B,heads,chunks,F,H]` in bfloat16, in mild chunks decayed up to the middle, or None; and
       `[B,heads,groups,F,H]` in float32.
     """
     (B, T, heads, F), H = x.shape, w.shape[3]
@@ -74,18 +74,20 @@ def sweep(
 
         def step(index, x, w, halves, terms, state):
             strong = is_strong(halves)
-            factors = Factors.of(halves.at[:, features], strong, reverse=reverse)
+            first, second = passed(halves.at[:, features], ALONG_ROWS, reverse=reverse)
             pl.when(strong > 0)(lambda: make_finite(terms))
             sums = summed(plan.products, up_to if reverse else after, terms)
             scaled[...] = times(x, jnp.exp(sums))
             if keep:
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the last chunk's copy
-                tile[...] = (over_columns(factors.read, H) * state).astype(tile.dtype)
+                whole = jnp.where(strong > 0, 1.0, 0.0)
+                to_middle = whole + (1 - whole) * first
+                tile[...] = (over_columns(to_middle, H) * state).astype(tile.dtype)
             plgpu.commit_smem()
             if keep:
                 here = Chunk(batch, chunk(index[0]), head, heads)
                 plgpu.copy_smem_to_gmem(tile, here.of_state(kept).at[features])
-            state *= over_columns(factors.keep * factors.pass_on, H)
+            state *= over_columns(first * second, H)
             return plan.products.accumulate(state, scaled.transpose((1, 0)), w)
 
         at = batch, head, group, features
