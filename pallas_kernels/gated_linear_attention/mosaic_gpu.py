@@ -2,10 +2,12 @@ r"""Causal gated linear attention for Hopper GPUs, in Pallas Mosaic GPU.
 
     S_t = diag(e^{g_t}) S_{t-1} + k_t v_t^T,      o_t = scale S_t^T q_t
 
-in the chunked form: a sweep finds the state at the start of every chunk of 64 tokens (`states`),
-and then all chunks go at once (`forward`). The gradient recomputes those states, sweeps their
-gradients from the end, and again takes all chunks at once (`backward`). Exponents of decays are
-sums that no strength of decay can make overflow (`decay`).
+in chunks of 64 tokens. A walk over them carries the state and gives outputs (`forward`); where B·N
+is too small to fill the chip, the sequence is split into groups, and a sweep finds first what each
+adds to the state (`states`). The same walk from the end, of keys that read what later queries
+wrote, gives gradients of the values and stores the state's gradient at every chunk; a sweep stores
+the recomputed states; then queries, keys and decays get theirs, all chunks at once (`backward`).
+Exponents of decays are sums that no strength of decay can make overflow (`decay`).
 
 Operands of products and stored states are bfloat16; sums, decays and states in a sweep are float32.
 """
@@ -38,9 +40,9 @@ def gated_linear_attention(
     """Causal gated linear attention and its final state; differentiable in every array.
 
     Args:
-      q: queries `[B,T,N,F]`, bfloat16; F is 128.
+      q: queries `[B,T,N,F]`, bfloat16; F is 64 or 128.
       k: keys `[B,T,M,F]`; M, the number of states, divides N.
-      v: values `[B,T,M,H]`; H is 128.
+      v: values `[B,T,M,H]`; H is F.
       log_decay: `[B,T,M,F]` or `[B,T,M,1]`, <= 0, -inf included; float32 or bfloat16.
       initial_state: `[B,M,F,H]`, float32; or None for zeros.
       scale: factor of the output.
