@@ -9,8 +9,8 @@ read what later queries wrote, and outputs are gradients of the values:
 
 A CTA walks the chunks of 64 tokens of one (batch, group of chunks, head), a warpgroup for every 64
 values, with those columns of the state in its registers. Each warpgroup scales 64 features of the
-tokens in shared memory, for all; that is where they wait for each other, once a mild chunk, and
-where it is known that nobody reads the last chunk's tiles any more.
+tokens in shared memory, for all (of 64 features the first does). That is where they wait for each
+other, once a mild chunk, and where it is known that nobody reads the last chunk's tiles any more.
 """
 
 import functools
@@ -58,8 +58,8 @@ def outputs(
       plan: options.
       x: tokens that read, `[B,T,heads,F]`: queries, or reversed keys.
       y: tokens that write, `[B,T,heads,F]`.
-      w: what they write, `[B,T,heads,H]`; F and H agree. The largest number of heads is N, and the
-        others divide it.
+      w: what they write, `[B,T,heads,H]`; H is F, or F is 64. The largest number of heads is N, and
+        the others divide it.
       decay: log decays of heads that divide N too.
       starts: the state that each group starts from, `[B,heads,groups,F,H]`, or None for zeros.
       reverse: whether to walk from the end.
@@ -71,14 +71,15 @@ def outputs(
       float32.
     """
     (B, T), N, F, H = x.shape[:2], max(x.shape[2], y.shape[2]), x.shape[3], w.shape[3]
-    chunks, slices = T // TILE // plan.config.groups, F // TILE
+    chunks = T // TILE // plan.config.groups
+    slices, warpgroups = F // TILE, H // TILE
     products = plan.products
 
     def gated_linear_attention_outputs(
         x, y, w, decay, strong_groups, starts, out, kept, ends, *, ring, ready, sums, copy, tile, met
     ):
         batch, group, head = (lax.axis_index(axis) for axis in ("batch", "group", "head"))
-        me = lax.axis_index("warpgroup") if slices > 1 else 0
+        me = lax.axis_index("warpgroup") if warpgroups > 1 else 0
 
         def chunk(i):
             return Chunk(batch, group * chunks + (chunks - 1 - i if reverse else i), head, N)
@@ -91,23 +92,28 @@ def outputs(
 
         def meet():
             plgpu.commit_smem()
-            if slices > 1:
+            if warpgroups > 1:
                 plgpu.barrier_arrive(met)
                 plgpu.barrier_wait(met)
 
         def step(i, state, *, strong):
             x, y, w, terms, halves = (tile.at[lax.rem(i, _STAGES)] for tile in ring)
             # Found anew in each step, or descriptors of tiles stay in registers.
-            here, mine = chunk(i), lax.optimization_barrier(me) if slices > 1 else 0
-            own = pl.ds(mine * TILE, TILE)
-            mixed, read = w.at[:, own], copy.at[mine]
+            here, mine = chunk(i), lax.optimization_barrier(me) if warpgroups > 1 else 0
+            values = pl.ds(mine * TILE, TILE)
+            own = values if slices == warpgroups else pl.ds(0, TILE)
+            mixed, read = w.at[:, values], copy.at[mine]
             terms = terms.at[:, own]
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # `tile` and `read`
 
             def scale_with(sources, queries, keys):
                 factors = (keys, queries) if reverse else (queries, keys)
-                for target, source, factor in zip((x, y), sources, factors, strict=True):
-                    target.at[:, own][...] = times(source, factor)
+
+                def write():
+                    for target, source, factor in zip((x, y), sources, factors, strict=True):
+                        target.at[:, own][...] = times(source, factor)
+
+                write() if slices == warpgroups else pl.when(mine == 0)(write)
 
             def strong_scores():
                 make_finite(terms)
@@ -150,7 +156,7 @@ def outputs(
                 fill(i - 1 + _STAGES)
 
             if keep:
-                plgpu.copy_smem_to_gmem(read, here.of_state(kept).at[:, own])
+                plgpu.copy_smem_to_gmem(read, here.of_state(kept).at[:, values])
             if strong:
                 total = products.product(x, read)
             else:
@@ -168,7 +174,7 @@ def outputs(
                 state = (products.accumulate(*writes[0]),)
             if not strong:
                 state = tuple(over_columns(p) * s for p, s in zip(passes, state, strict=True))
-            store(plan.scale * total, here.of_tokens(out).at[:, own], tile.at[mine])
+            store(plan.scale * total, here.of_tokens(out).at[:, values], tile.at[mine])
             return state
 
         def wait(i):
@@ -219,7 +225,7 @@ def outputs(
 
     return plan.launch(
         gated_linear_attention_outputs, x, y, w, decay,
-        decay.strong_groups(plan.config.groups), starts, warpgroups=slices, commits=True,
+        decay.strong_groups(plan.config.groups), starts, warpgroups=warpgroups, commits=True,
         grid={"batch": B, "group": plan.config.groups, "head": N},
         out_type=(
             jax.ShapeDtypeStruct((B, T, N, H), x.dtype if x.shape[2] == N else jnp.float32),
@@ -233,8 +239,8 @@ def outputs(
             ),
             "ready": plgpu.Barrier(num_barriers=_STAGES, num_arrivals=5),
             "sums": shared(TILE, TILE),
-            "copy": plgpu.SMEM((slices, F, TILE), jnp.bfloat16),
-            "tile": plgpu.SMEM((slices, TILE, TILE), jnp.bfloat16),
-            "met": plgpu.Barrier(num_arrivals=slices),
+            "copy": plgpu.SMEM((warpgroups, F, TILE), jnp.bfloat16),
+            "tile": plgpu.SMEM((warpgroups, TILE, TILE), jnp.bfloat16),
+            "met": plgpu.Barrier(num_arrivals=warpgroups),
         },
     )  # fmt: skip

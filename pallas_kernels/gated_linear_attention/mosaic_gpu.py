@@ -42,7 +42,7 @@ def gated_linear_attention(
     Args:
       q: queries `[B,T,N,F]`, bfloat16; F is 64 or 128.
       k: keys `[B,T,M,F]`; M, the number of states, divides N.
-      v: values `[B,T,M,H]`; H is F.
+      v: values `[B,T,M,H]`; H is F, or 128.
       log_decay: `[B,T,M,F]` or `[B,T,M,1]`, <= 0, -inf included; float32 or bfloat16.
       initial_state: `[B,M,F,H]`, float32; or None for zeros.
       scale: factor of the output.
@@ -72,8 +72,8 @@ def objection(*, dtype, F: int, H: int) -> str | None:
     """Why the kernels do not serve a call, in words, or None."""
     if dtype != jnp.bfloat16:
         return f"take bfloat16, not {jnp.dtype(dtype).name}"
-    if F != H or F not in (64, 128):
-        return f"take keys and values of one size, 64 or 128, not F={F}, H={H}"
+    if (F, H) not in ((64, 64), (64, 128), (128, 128)):
+        return f"take keys and values of sizes 64 or 128, keys no larger, not F={F}, H={H}"
     return None
 
 

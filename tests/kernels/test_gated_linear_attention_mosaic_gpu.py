@@ -51,7 +51,7 @@ CASES = {
     # name: (B, T, N, M, F, H, strength, dtype), groups
     "mild, ragged, a state of two heads": ((1, 100, 2, 1, 128, 128, 0.1, jnp.bfloat16), 2),
     "strong, with resets, then mild": ((1, 190, 1, 1, 128, 128, 5.0, jnp.bfloat16), 1),
-    "size 64, float32 decays": ((1, 64, 1, 1, 64, 64, 5.0, jnp.float32), 1),
+    "narrow keys, float32 decays": ((1, 64, 1, 1, 64, 128, 5.0, jnp.float32), 1),
 }
 
 
@@ -111,7 +111,7 @@ def test_launch_parameters_are_checked(field):
     ("dtype", "size", "message"),
     [
         (jnp.float32, 128, "take bfloat16, not float32"),
-        (jnp.bfloat16, 32, "of one size, 64 or 128, not F=32"),
+        (jnp.bfloat16, 32, "sizes 64 or 128, keys no larger, not F=32"),
     ],
 )
 def test_a_call_that_is_not_served_is_told_why(dtype, size, message):
