@@ -16,6 +16,9 @@ from lcattn.ops.decay import (
 from lcattn.ops.triangular import halves, merge
 from lcattn.typing import Array, Float, SegmentIds
 
+# The shortest length measured, and there the kernels take a fraction of XLA's time: benchmarks/h200.
+_PAYS_FROM = 1024
+
 
 def gated_linear_attention(
     q: Float[Array, "B T N F"],
@@ -74,8 +77,8 @@ def gated_linear_attention(
       return_state: also return the state after the last token (of the last document), float32.
       chunk_size: tokens a chunk C, rounded up to a power of two; default 64. Changes speed and
         memory, never the result.
-      implementation: "mosaic_gpu" (kernels for Hopper GPUs: bfloat16, F = H = 128; only when
-        named), "xla" (chunks), "reference" (token by token), or None.
+      implementation: "mosaic_gpu" (kernels for Hopper GPUs: bfloat16, F and H of 64 or 128,
+        F <= H), "xla" (chunks), "reference" (token by token), or None.
 
     Returns:
       `[B,T,N,H]`, or that and the final state.
@@ -93,7 +96,8 @@ def gated_linear_attention(
         f" M = N = {sizes.N} or K = {sizes.K}",
     )  # fmt: skip
     run = dispatch.choose(
-        "gated_linear_attention", implementation, sizes=sizes, dtype=jnp.result_type(q, k, v)
+        "gated_linear_attention", implementation, sizes=sizes, dtype=jnp.result_type(q, k, v),
+        chunk_size=chunk_size,
     )  # fmt: skip
 
     if log_decay.ndim == 3:
@@ -180,8 +184,11 @@ def _kernels(q, k, v, log_decay, state, *, chunk):
     return out.reshape(B, T, M, G, -1), state
 
 
-def _kernels_objection(*, sizes: checks.Sizes, dtype: jnp.dtype) -> str | None:
+def _kernels_objection(
+    *, sizes: checks.Sizes, dtype: jnp.dtype, chunk_size: int | None
+) -> str | None:
     """Why the kernels cannot serve a call, in words."""
+    del chunk_size
     if not dispatch.on_hopper():
         return "needs a Hopper GPU (compute capability 9.0)"
     # Imported where it can run: it takes longer to import than the rest of the ops.
@@ -190,20 +197,20 @@ def _kernels_objection(*, sizes: checks.Sizes, dtype: jnp.dtype) -> str | None:
     return mosaic_gpu.objection(dtype=dtype, F=sizes.F, H=sizes.H)
 
 
-def _only_when_asked(**call) -> bool:
-    """Kernels that run by name alone.
+def _kernels_pay(*, sizes: checks.Sizes, chunk_size: int | None, **call) -> bool:
+    """Whether the kernels are the better choice where they can serve.
 
-    At F = 64 the gradient of the log decays is wrong on the chip for a reason not yet found, so
-    that at F = 128, where every check passed, no one gets them unasked.
+    They have chunks of their own. Compilers cannot partition them: over several devices they belong
+    inside `shard_map`, and only who writes that can tell.
     """
     del call
-    return False
+    return sizes.T >= _PAYS_FROM and chunk_size is None and jax.device_count() == 1
 
 
 dispatch.declare(
     "gated_linear_attention",
     {
-        "mosaic_gpu": dispatch.Implementation(_kernels, _kernels_objection, _only_when_asked),
+        "mosaic_gpu": dispatch.Implementation(_kernels, _kernels_objection, _kernels_pay),
         "xla": dispatch.Implementation(_chunked),
         "reference": dispatch.Implementation(_token_by_token),
     },
