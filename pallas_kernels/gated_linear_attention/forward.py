@@ -157,22 +157,22 @@ def outputs(
 
             if keep:
                 plgpu.copy_smem_to_gmem(read, here.of_state(kept).at[:, values])
+            def hide(scores):
+                return jnp.where(iota(0) <= iota(1) if reverse else iota(0) >= iota(1), scores, 0.0)
+
             if strong:
                 total = products.product(x, read)
+                total = products.accumulate(total, scores.astype(mixed.dtype), mixed)
+                writes = [
+                    (kept_state[j], y.at[:, pl.ds(j * TILE, TILE)].transpose((1, 0)), mixed)
+                    for j in range(slices)
+                ]
+                if slices > 1:
+                    state = products.accumulate_both(*writes)
+                else:
+                    state = (products.accumulate(*writes[0]),)
             else:
-                scores, total = products.products((x, y.transpose((1, 0))), (x, read))
-                seen = iota(0) <= iota(1) if reverse else iota(0) >= iota(1)
-                scores = jnp.where(seen, scores, 0.0)
-            total = products.accumulate(total, scores.astype(mixed.dtype), mixed)
-            writes = [
-                (kept_state[j], y.at[:, pl.ds(j * TILE, TILE)].transpose((1, 0)), mixed)
-                for j in range(slices)
-            ]
-            if slices > 1:
-                state = products.accumulate_both(*writes)
-            else:
-                state = (products.accumulate(*writes[0]),)
-            if not strong:
+                total, state = products.attend(x, y, read, mixed, hide, kept_state)
                 state = tuple(over_columns(p) * s for p, s in zip(passes, state, strict=True))
             store(plan.scale * total, here.of_tokens(out).at[:, values], tile.at[mine])
             return state
