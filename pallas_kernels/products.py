@@ -121,7 +121,6 @@ class Products:
         totals = (plgpu.ACC.init(first[0]), plgpu.ACC.init(second[0]))
         return lax.optimization_barrier(pl.run_state(issue)(totals))
 
-
     def attend(
         self,
         x: Operand,

@@ -16,7 +16,7 @@ from lcattn.ops.decay import (
 from lcattn.ops.triangular import halves, merge
 from lcattn.typing import Array, Float, SegmentIds
 
-# The shortest length measured, and there the kernels take a fraction of XLA's time: benchmarks/h200.
+# The shortest length measured; there the kernels take a fraction of XLA's time: benchmarks/h200.
 _PAYS_FROM = 1024
 
 

@@ -69,7 +69,8 @@ def feature_gradients(
         q, k, v, d_out, decay, states, d_states, dq, dk, dg,
         *, query, key, value, grad, terms, halves, state, d_state, square, through, barrier,
     ):  # fmt: skip
-        here = Chunk(*(lax.axis_index(axis) for axis in ("batch", "chunk", "head")), N)
+        batch, chunk, head = (lax.axis_index(axis) for axis in ("batch", "chunk", "head"))
+        here = Chunk(batch, chunk, head, N)
         features = pl.ds(lax.axis_index("slice") * TILE, TILE)
         for source, target in (
             (here.of_tokens(v), value), (here.of_tokens(d_out), grad),

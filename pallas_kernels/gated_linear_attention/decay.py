@@ -14,8 +14,8 @@ since exponents of those on the wrong side of it are <= 60, and the factors of a
 multiply to <= 1. The same scaled q and k also read and write the state, if that too refers to the
 middle: e^{G_m} S.
 
-A chunk that is not mild is STRONG. For h = 32, 16 ... 1, the right one of two neighbouring blocks of
-h tokens refers to the border between them, and so does the left:
+A chunk that is not mild is STRONG. For h = 32, 16 ... 1, the right one of two neighbouring blocks
+of h tokens refers to the border between them, and so does the left:
 
     q_t e^{sum from the border to t}  ·  k_s e^{sum from after s to the border}
 

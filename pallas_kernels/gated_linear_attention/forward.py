@@ -67,8 +67,8 @@ def outputs(
 
     Returns:
       `[B,T,N,H]`, in float32 if x has fewer heads, for sums of those that share a head;
-      `[B,N,chunks,F,H]` in bfloat16, in mild chunks decayed up to the middle, or None; and `[B,N,groups,F,H]` in
-      float32.
+      `[B,N,chunks,F,H]` in bfloat16, in mild chunks decayed up to the middle, or None; and
+      `[B,N,groups,F,H]` in float32.
     """
     (B, T), N, F, H = x.shape[:2], max(x.shape[2], y.shape[2]), x.shape[3], w.shape[3]
     chunks = T // TILE // plan.config.groups
@@ -76,8 +76,9 @@ def outputs(
     products = plan.products
 
     def gated_linear_attention_outputs(
-        x, y, w, decay, strong_groups, starts, out, kept, ends, *, ring, ready, sums, copy, tile, met
-    ):
+        x, y, w, decay, strong_groups, starts, out, kept, ends,
+        *, ring, ready, sums, copy, tile, met,
+    ):  # fmt: skip
         batch, group, head = (lax.axis_index(axis) for axis in ("batch", "group", "head"))
         me = lax.axis_index("warpgroup") if warpgroups > 1 else 0
 
@@ -115,7 +116,7 @@ def outputs(
 
                 write() if slices == warpgroups else pl.when(mine == 0)(write)
 
-            def strong_scores():
+            def scores_of_levels():
                 make_finite(terms)
                 whole = [read.at[pl.ds(0, TILE)], tile.at[mine]]  # which hold nothing yet
                 for source, target in zip((x, y), whole, strict=True):
@@ -127,28 +128,32 @@ def outputs(
                     meet()
                     part = products.product(x, y.transpose((1, 0)))
                     meet()
-                    return jnp.where(level.part, part, scores)
+                    return jnp.where(level.part, part.astype(scores.dtype), scores)
 
                 scores = over_strong_levels(
-                    add, zeros(TILE), products=products, terms=terms, transposed=reverse
-                )
+                    add, zeros(TILE).astype(mixed.dtype), products=products, terms=terms,
+                    transposed=reverse,
+                )  # fmt: skip
                 scale_with(whole, *(jnp.exp(summed(products, t, terms)) for t in (up_to, after)))
                 plgpu.commit_smem()
                 return scores
 
             if strong:
-                scores = strong_scores()
+                scores = scores_of_levels()
             else:
                 level = mild_level(summed(products, sums, terms))
                 scale_with([z.at[:, own] for z in (x, y)], level.queries, level.keys)
-            kept_state, passes = [], []
+                scores = None
+
+            # What tokens read, what is left before they write, and what is left of that.
+            before, left = [], []
             for j in range(slices):
                 features = pl.ds(j * TILE, TILE)
                 first, second = passed(halves.at[:, features], ALONG_ROWS, reverse=reverse)
                 to_middle = state[j] if strong else over_columns(first) * state[j]
                 read.at[features][...] = to_middle.astype(read.dtype)
-                kept_state.append(over_columns(first * second) * state[j] if strong else to_middle)
-                passes.append(second)
+                before.append(over_columns(first * second) * state[j] if strong else to_middle)
+                left.append(second)
             meet()
 
             @pl.when((me == 0) & (i >= 1) & (i - 1 + _STAGES < chunks))
@@ -157,25 +162,24 @@ def outputs(
 
             if keep:
                 plgpu.copy_smem_to_gmem(read, here.of_state(kept).at[:, values])
-            def hide(scores):
-                return jnp.where(iota(0) <= iota(1) if reverse else iota(0) >= iota(1), scores, 0.0)
-
             if strong:
                 total = products.product(x, read)
-                total = products.accumulate(total, scores.astype(mixed.dtype), mixed)
-                writes = [
-                    (kept_state[j], y.at[:, pl.ds(j * TILE, TILE)].transpose((1, 0)), mixed)
+                total = products.accumulate(total, scores, mixed)
+                state = tuple(
+                    products.accumulate(
+                        before[j], y.at[:, pl.ds(j * TILE, TILE)].transpose((1, 0)), mixed
+                    )
                     for j in range(slices)
-                ]
-                if slices > 1:
-                    state = products.accumulate_both(*writes)
-                else:
-                    state = (products.accumulate(*writes[0]),)
+                )
             else:
-                total, state = products.attend(x, y, read, mixed, hide, kept_state)
-                state = tuple(over_columns(p) * s for p, s in zip(passes, state, strict=True))
+                total, state = products.attend(x, y, read, mixed, causal, before)
+                state = tuple(over_columns(f) * s for f, s in zip(left, state, strict=True))
             store(plan.scale * total, here.of_tokens(out).at[:, values], tile.at[mine])
             return state
+
+        def causal(scores):
+            readers, writers = (iota(1), iota(0)) if reverse else (iota(0), iota(1))
+            return jnp.where(readers >= writers, scores, 0.0)
 
         def wait(i):
             slot = lax.rem(i, _STAGES)

@@ -101,6 +101,8 @@ def _attend_backward(plan, residuals, cotangents):
     d_final = jnp.where(first[:, None, None], jnp.repeat(d_final / plan.scale, shared, axis=1), 0)
     d_ends = starts_of_groups(plan, q, d_out, decay, d_final, reverse=True)
     dv, d_states, d_starts = outputs(plan, k, q, d_out, decay, d_ends, reverse=True, keep=True)
+    assert states is not None  # both were kept
+    assert d_states is not None
     dq, dk, dg = feature_gradients(plan, q, k, v, d_out, decay, states, d_states)
     dk, dv, dg = (_per_state(x, M, axis=2) for x in (dk, dv, dg))
     d_start = None if start is None else plan.scale * _per_state(d_starts[:, :, 0], M, axis=1)

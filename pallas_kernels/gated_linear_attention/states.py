@@ -95,9 +95,7 @@ def sweep(
         if starts is not None:
             state = plgpu.load(starts.at[at], layout=WGMMA, optimized=False)
         slice_ = lax.axis_index("slice")
-        halves = plgpu.BlockSpec(
-            (None, None, 2, None, F), lambda i: (batch, chunk(i), 0, gate, 0)
-        )
+        halves = plgpu.BlockSpec((None, None, 2, None, F), lambda i: (batch, chunk(i), 0, gate, 0))
         ends[at] = plgpu.emit_pipeline(
             step, grid=(chunks,), max_concurrent_steps=plan.config.stages,
             init_carry=state,
@@ -109,7 +107,7 @@ def sweep(
         plgpu.wait_smem_to_gmem(0)
 
     return plan.launch(
-        gated_linear_attention_states, x, w, decay, starts, commits=True,
+        gated_linear_attention_states, x, w, decay, starts,
         grid={"batch": B, "group": plan.config.groups, "slice": F // TILE, "head": heads},
         out_type=(
             jax.ShapeDtypeStruct((B, heads, T // TILE, F, H), jnp.bfloat16) if keep else None,
