@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lcattn.ops import gated_linear_attention
+from lcattn.ops import dispatch, gated_linear_attention
 from pallas_kernels.gated_linear_attention.config import LaunchConfig, heuristic
 from pallas_kernels.gated_linear_attention.mosaic_gpu import gated_linear_attention as kernel
 
@@ -118,6 +118,23 @@ def test_a_call_that_is_not_served_is_told_why(dtype, size, message):
     x = jnp.ones((1, 64, 1, size), dtype)
     with pytest.raises(ValueError, match=message):
         kernel(x, x, x, -x, scale=1.0)
+
+
+def test_long_calls_are_served_unasked_on_a_single_gpu(monkeypatch):
+    monkeypatch.setattr(dispatch, "on_hopper", lambda: True)
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+
+    def is_served(length, size=128, **options):
+        q = jnp.ones((1, length, 1, size), jnp.bfloat16)
+        program = jax.make_jaxpr(lambda q: gated_linear_attention(q, q, q, -q, **options))(q)
+        return "gated_linear_attention_outputs" in str(program)
+
+    assert is_served(1024)
+    assert not is_served(512)
+    assert not is_served(1024, size=32)
+    assert not is_served(1024, chunk_size=64)
+    monkeypatch.setattr(jax, "device_count", lambda: 4)
+    assert not is_served(1024)
 
 
 def test_the_op_says_what_the_kernels_need():
