@@ -1,0 +1,1 @@
+"""Decoding: one token over a long cache."""
