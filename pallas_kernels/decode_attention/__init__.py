@@ -1,1 +1,0 @@
-"""Decoding: one token over a long cache."""
