@@ -63,21 +63,22 @@ def configs(size: Mapping[str, Any]) -> dict[str, LMConfig]:
     }
 
 
-def measure(name: str, config: LMConfig, size: Mapping[str, Any]) -> dict[str, Any]:
+def measure(name: str, config: LMConfig, size: Mapping[str, Any], repeats: int) -> dict[str, Any]:
     """One model: seconds for the prompts, and for all of it."""
     model = nnx.jit(lambda: config.make(nnx.Rngs(0)))()
     shape = (size["batch_size"], size["prompt"])
     prompt = jax.random.randint(jax.random.key(1), shape, 0, config.vocab_size)
-    seconds = {count: _seconds(model, prompt, count) for count in (1, size["tokens"])}
-    prefill, whole = seconds.values()
+    prefill, _ = _seconds(model, prompt, 1, repeats)
+    whole, extra_bytes = _seconds(model, prompt, size["tokens"], repeats)
     per_step = (whole - prefill) / (size["tokens"] - 1)
     parameters = sum(x.size for x in jax.tree.leaves(nnx.state(model, nnx.Param)))
-    state = model.state_bytes(size["prompt"] + size["tokens"])
+    # A cache grows with the tokens; the slots of the last half are read on average half.
+    state = model.state_bytes(size["prompt"] + size["tokens"] // 2)
     floor = (2 * parameters + size["batch_size"] * state) / BANDWIDTH
     return {
         "model": name,
         "parameters": parameters,
-        "state_bytes": state,
+        "state_bytes": model.state_bytes(size["prompt"] + size["tokens"]),
         "prefill_seconds": prefill,
         "seconds": whole,
         "tokens_per_second": size["batch_size"] * size["tokens"] / whole,
@@ -85,29 +86,37 @@ def measure(name: str, config: LMConfig, size: Mapping[str, Any]) -> dict[str, A
         # Weights and states read once; what of the states is also written comes on top.
         "step_floor_ms": 1e3 * floor,
         "floor_share": floor / per_step,
+        "extra_bytes": extra_bytes,
     }
 
 
-def _seconds(model: LM, prompt: jax.Array, count: int) -> float:
-    """The best of three runs, the first one, which compiles, not counted."""
+def _seconds(model: LM, prompt: jax.Array, count: int, repeats: int) -> tuple[float, int]:
+    """The best of some runs of the compiled program, and the memory it takes besides weights."""
+    graph, parameters = nnx.split(model)
+
+    def run(parameters, prompt):
+        return generate(nnx.merge(graph, parameters), prompt, count, temperature=0.0)
+
+    compiled = jax.jit(run).lower(parameters, prompt).compile()
     best = math.inf
-    for _ in range(4):
+    for _ in range(repeats):
         start = time.perf_counter()
-        generate(model, prompt, count, temperature=0.0).block_until_ready()
+        compiled(parameters, prompt).block_until_ready()
         best = min(best, time.perf_counter() - start)
-    return best
+    return best, compiled.memory_analysis().temp_size_in_bytes
 
 
 def main() -> None:
     """Measures both models and writes the record."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--size", choices=_SIZES, default="1.3b")
+    parser.add_argument("--repeats", type=int, default=2, help="runs, of which the best counts")
     parser.add_argument("--out", type=Path, help="JSON file")
     arguments = parser.parse_args()
     size = _SIZES[arguments.size]
     rows = []
     for name, config in configs(size).items():
-        rows.append(measure(name, config, size))
+        rows.append(measure(name, config, size, arguments.repeats))
         print(json.dumps(rows[-1]), flush=True)
         jax.clear_caches()
     softmax, based = (row["tokens_per_second"] for row in rows)
