@@ -5,11 +5,12 @@ from typing import Any, ClassVar, override
 
 import jax.numpy as jnp
 from flax import nnx
+from jax import lax
 
 from lcattn import ops
 from lcattn.nn.attention import AttentionConfig, CachedAttention, KeyValueCache
 from lcattn.traits import Traits
-from lcattn.typing import Array
+from lcattn.typing import Array, Int
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,34 +48,55 @@ class SoftmaxAttention(CachedAttention[SoftmaxAttentionConfig]):
 
     @override
     def init_state(self, batch_size: int, max_length: int, dtype=None) -> KeyValueCache:
-        """An empty cache of `max_length` slots, or of `window - 1`."""
-        window = self.config.window
-        return super().init_state(batch_size, max_length if window is None else window - 1, dtype)
+        """An empty cache of `max_length` slots, or of `window`."""
+        return super().init_state(batch_size, self.config.window or max_length, dtype)
 
     @override
     def _extend(self, q: Array, k: Array, v: Array, state: KeyValueCache):
-        if self.config.window is None:
+        config = self.config
+        if config.window is None:
             return super()._extend(q, k, v, state)
-        slots = state.k.shape[1]
-        k = jnp.concatenate([state.k, k.astype(state.k.dtype)], axis=1)
-        v = jnp.concatenate([state.v, v.astype(state.v.dtype)], axis=1)
+        end = state.length + q.shape[1]
+        if q.shape[1] == 1 and config.position_encoding != "alibi":
+            ring = [_write(*x, state.length) for x in ((state.k, k), (state.v, v))]
+            # All that it holds is in sight, in whatever order.
+            last = jnp.minimum(state.length, config.window - 1)
+            out = self._attend(
+                q, *(x.astype(q.dtype) for x in ring), window=None, query_position=last
+            )
+            return out, *ring
+        past = [_in_order(x, state.length) for x in (state.k, state.v)]
+        k, v = (
+            jnp.concatenate([old, new.astype(old.dtype)], axis=1)
+            for old, new in zip(past, (k, v), strict=True)
+        )
         out = self._attend(
             q, k.astype(q.dtype), v.astype(q.dtype),
-            query_position=state.length, key_position=state.length - slots,
+            query_position=state.length, key_position=state.length - config.window,
         )  # fmt: skip
-        first = k.shape[1] - slots
-        return out, k[:, first:], v[:, first:]
+        return out, *(jnp.roll(x[:, -config.window :], end, axis=1) for x in (k, v))
 
     @override
     def _attend(self, q: Array, k: Array, v: Array, **options: Any) -> Any:
         config = self.config
         use_alibi = config.position_encoding == "alibi"
+        options = {"window": config.window} | options
         return ops.softmax_attention(
             q,
             k,
             v,
-            window=config.window,
             alibi_slopes=ops.alibi_slopes(config.num_heads) if use_alibi else None,
             implementation=config.implementation,
             **options,
         )
+
+
+def _write(ring: Array, new: Array, position: Int[Array, ""]) -> Array:
+    """A ring with the token at a position in place of the one a window before it."""
+    slot = position % ring.shape[1]
+    return lax.dynamic_update_slice_in_dim(ring, new.astype(ring.dtype), slot, axis=1)
+
+
+def _in_order(ring: Array, length: Int[Array, ""]) -> Array:
+    """The slots of a ring from the oldest position on, which is negative in a young stream."""
+    return jnp.roll(ring, -length, axis=1)
