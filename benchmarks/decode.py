@@ -22,6 +22,7 @@ from jax import lax
 
 from benchmarks.kernels import BANDWIDTH, poison, save, times
 from lcattn import ops
+from lcattn.ops.linear_attention.features import FeatureMap
 
 _STEPS = 8  # of linear attention in one program, so that its state is carried from one to the next
 
@@ -37,7 +38,7 @@ class Linear:
       N: heads.
     """
 
-    feature_map: str
+    feature_map: FeatureMap
     F: int
     H: int
     B: int

@@ -124,7 +124,7 @@ def main() -> None:
     arguments = parser.parse_args()
     size = _SIZES[arguments.size]
     models, rows = configs(size), []
-    # Compiling takes as long as running. All of it comes first: it tries out products on the device.
+    # Compiling takes as long as running, and tries out products on the device: all of it first.
     with concurrent.futures.ThreadPoolExecutor() as pool:
         programs = {
             name: tuple(pool.submit(compiled, config, size, n) for n in (1, size["tokens"]))

@@ -50,7 +50,9 @@ _SOFTMAX = "cudnn_softmax"
 def page() -> str:
     """The text of `PAGE`."""
     return _PAGE.format(
-        experiments=gallery(experiments()), kernels=kernels(), decoding=decoding(),
+        experiments=gallery(experiments()),
+        kernels=kernels(),
+        decoding=decoding(),
         benchmarks=benchmarks(),
     )
 
@@ -182,12 +184,13 @@ def decoding() -> str:
             for row in record["rows"]
         ]  # fmt: skip
         header = ("case (bfloat16)", "ms", "megabytes", "TB/s", "of the floor", "error")
-        parts.append(Table(f"On one {record['device']}", header, rows).markdown())
+        title = f"On one {record['device']}"
+        parts.append(Table(title=title, header=header, rows=rows).markdown())
         parts.append(
             f"`{record['command']}`, jax {record['jax']}. The floor is that of copying, "
             f"{record['bandwidth'] / 1e12:.1f} TB/s; reading alone reached "
-            f"{record['read_rate'] / 1e12:.2f} TB/s in the same process. States of up to 50 MB stay "
-            "in the GPU's cache. Errors are relative to float64."
+            f"{record['read_rate'] / 1e12:.2f} TB/s in the same process. States of up to 50 MB "
+            "stay in the GPU's cache. Errors are relative to float64."
         )
     for path in sorted(RECORDS.glob("*/generation.json")):
         record = load(path)
@@ -208,7 +211,7 @@ def decoding() -> str:
             f"{size['batch_size']} streams of {size['tokens']:,} tokens after prompts of "
             f"{size['prompt']:,}, on one {record['device']}"
         )
-        parts.append(Table(title, header, rows).markdown())
+        parts.append(Table(title=title, header=header, rows=rows).markdown())
         parts.append(
             f"`{record['command']}`, jax {record['jax']}. The floor is that of reading weights and "
             "states once."

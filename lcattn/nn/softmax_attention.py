@@ -10,7 +10,7 @@ from jax import lax
 from lcattn import ops
 from lcattn.nn.attention import AttentionConfig, CachedAttention, KeyValueCache
 from lcattn.traits import Traits
-from lcattn.typing import Array, Int
+from lcattn.typing import Array
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,35 +52,47 @@ class SoftmaxAttention(CachedAttention[SoftmaxAttentionConfig]):
         return super().init_state(batch_size, self.config.window or max_length, dtype)
 
     @override
-    def _extend(self, q: Array, k: Array, v: Array, state: KeyValueCache):
-        config = self.config
-        if config.window is None:
+    def _extend(
+        self, q: Array, k: Array, v: Array, state: KeyValueCache
+    ) -> tuple[Array, Array, Array]:
+        if self.config.window is None:
             return super()._extend(q, k, v, state)
-        end = state.length + q.shape[1]
-        if q.shape[1] == 1 and config.position_encoding != "alibi":
-            ring = [_write(*x, state.length) for x in ((state.k, k), (state.v, v))]
-            # All that it holds is in sight, in whatever order.
-            last = jnp.minimum(state.length, config.window - 1)
-            out = self._attend(
-                q, *(x.astype(q.dtype) for x in ring), window=None, query_position=last
-            )
-            return out, *ring
-        past = [_in_order(x, state.length) for x in (state.k, state.v)]
+        if q.shape[1] == 1 and self.config.position_encoding != "alibi":
+            return self._extend_by_one(q, k, v, state, self.config.window)
+        return self._extend_by_many(q, k, v, state, self.config.window)
+
+    def _extend_by_one(self, q, k, v, state, window: int) -> tuple[Array, Array, Array]:
+        slot = state.length % window
         k, v = (
-            jnp.concatenate([old, new.astype(old.dtype)], axis=1)
-            for old, new in zip(past, (k, v), strict=True)
+            lax.dynamic_update_slice_in_dim(ring, new.astype(ring.dtype), slot, axis=1)
+            for ring, new in ((state.k, k), (state.v, v))
+        )
+        # All that the ring holds is in sight, in whatever order.
+        last = jnp.minimum(state.length, window - 1)
+        out = self._attend(
+            q, k.astype(q.dtype), v.astype(q.dtype), window=None, query_position=last
+        )
+        return out, k, v
+
+    def _extend_by_many(self, q, k, v, state, window: int) -> tuple[Array, Array, Array]:
+        # In order of time; in a young stream, the first ones are at negative positions.
+        k, v = (
+            jnp.concatenate([jnp.roll(ring, -state.length, axis=1), new.astype(ring.dtype)], axis=1)
+            for ring, new in ((state.k, k), (state.v, v))
         )
         out = self._attend(
             q, k.astype(q.dtype), v.astype(q.dtype),
-            query_position=state.length, key_position=state.length - config.window,
+            query_position=state.length, key_position=state.length - window,
         )  # fmt: skip
-        return out, *(jnp.roll(x[:, -config.window :], end, axis=1) for x in (k, v))
+        end = state.length + q.shape[1]
+        k, v = (jnp.roll(x[:, -window:], end, axis=1) for x in (k, v))
+        return out, k, v
 
     @override
     def _attend(self, q: Array, k: Array, v: Array, **options: Any) -> Any:
         config = self.config
         use_alibi = config.position_encoding == "alibi"
-        options = {"window": config.window} | options
+        options.setdefault("window", config.window)
         return ops.softmax_attention(
             q,
             k,
@@ -89,14 +101,3 @@ class SoftmaxAttention(CachedAttention[SoftmaxAttentionConfig]):
             implementation=config.implementation,
             **options,
         )
-
-
-def _write(ring: Array, new: Array, position: Int[Array, ""]) -> Array:
-    """A ring with the token at a position in place of the one a window before it."""
-    slot = position % ring.shape[1]
-    return lax.dynamic_update_slice_in_dim(ring, new.astype(ring.dtype), slot, axis=1)
-
-
-def _in_order(ring: Array, length: Int[Array, ""]) -> Array:
-    """The slots of a ring from the oldest position on, which is negative in a young stream."""
-    return jnp.roll(ring, -length, axis=1)

@@ -46,8 +46,8 @@ def _decode_forward(scale, q, k, v, visibility):
 
 def _decode_backward(scale, residuals, g):
     # cuDNN has no gradient for one query.
-    *inputs, visibility = residuals
-    _, pull = jax.vjp(lambda *x: chunked.attend(*x, visibility, scale=scale)[0], *inputs)
+    q, k, v, visibility = residuals
+    _, pull = jax.vjp(lambda q, k, v: chunked.attend(q, k, v, visibility, scale=scale)[0], q, k, v)
     return *pull(g), None
 
 
