@@ -1,4 +1,10 @@
-"""One query: its scores are few, so keys and values are read once each, and nothing else counts."""
+"""One query: its scores are few, so keys and values are read once each, and nothing else counts.
+
+As matrix products of each head, XLA would move the whole cache first, `[B,S,K,H]` to `[B,K,S,H]`,
+and keys again to divide them by their norms. A head with keys of its own is a product and a sum
+instead, which fuse with the norms. Heads that share keys are one product of all of them with all
+keys, in which zeros stand for those of other heads: FLOPs are free where bytes are the limit.
+"""
 
 import jax.numpy as jnp
 from jax import lax
@@ -7,7 +13,7 @@ from lcattn.ops.checks import Sizes, accumulation_dtype
 from lcattn.ops.softplus_attention.dense import probabilities
 from lcattn.ops.softplus_attention.rows import Reweighting, Rows, squared_norm, unit
 from lcattn.ops.visibility import Visibility
-from lcattn.typing import Array
+from lcattn.typing import Array, Float
 
 
 def attend(
@@ -22,18 +28,26 @@ def attend(
 ) -> Array:
     """Attention of one query a row."""
     del is_packed
-    (B, _, N, _), (_, S, K, H) = q.shape, v.shape
+    (B, _, N, F), (_, S, K, H) = q.shape, v.shape
     dtype = accumulation_dtype(q.dtype)
-    queries = unit(q).reshape(B, 1, K, N // K, -1)
-    # Products and sums, which fuse: a matrix product would want unit keys in memory first.
-    dots = jnp.sum(queries * k[:, :, :, None].astype(dtype), axis=-1)
-    cosines = dots * lax.rsqrt(squared_norm(k))
-    p = probabilities(
-        cosines.reshape(B, S, N, 1).transpose(0, 2, 3, 1), rows, visibility, reweighting
-    )
-    weights = p[:, :, 0].reshape(B, K, N // K, S).transpose(0, 3, 1, 2)
-    out = jnp.sum(weights[..., None] * v[:, :, :, None].astype(dtype), axis=1)
-    return out.reshape(B, 1, N, H).astype(q.dtype)
+    dots = _dots(unit(q).reshape(B, K, N // K, F), k.astype(dtype))
+    cosines = (dots * lax.rsqrt(squared_norm(k))).reshape(B, S, N, 1).transpose(0, 2, 3, 1)
+    p = probabilities(cosines, rows, visibility, reweighting)
+    p = p[:, :, 0].reshape(B, K, N // K, S).transpose(0, 3, 1, 2)
+    return _mixed(p, v.astype(dtype)).reshape(B, 1, N, H).astype(q.dtype)
+
+
+def _dots(q: Float[Array, "B K G F"], k: Float[Array, "B S K F"]) -> Float[Array, "B S K G"]:
+    if q.shape[2] == 1:
+        return jnp.sum(q[:, None] * k[:, :, :, None], axis=-1)
+    own = jnp.eye(k.shape[2], dtype=q.dtype)
+    return jnp.einsum("bkgjf,bsjf->bskg", q[:, :, :, None] * own[:, None, :, None], k)
+
+
+def _mixed(p: Float[Array, "B S K G"], v: Float[Array, "B S K H"]) -> Float[Array, "B K G H"]:
+    if p.shape[3] == 1:
+        return jnp.sum(p[..., None] * v[:, :, :, None], axis=1)
+    return jnp.einsum("bkgkh->bkgh", jnp.einsum("bskg,bsjh->bkgjh", p, v))
 
 
 def objection(*, sizes: Sizes, **call) -> str | None:
