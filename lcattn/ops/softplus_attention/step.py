@@ -1,9 +1,9 @@
 """One query: its scores are few, so keys and values are read once each, and nothing else counts.
 
 As matrix products of each head, XLA would move the whole cache first, `[B,S,K,H]` to `[B,K,S,H]`,
-and keys again to divide them by their norms. A head with keys of its own is a product and a sum
-instead, which fuse with the norms. Heads that share keys are one product of all of them with all
-keys, in which zeros stand for those of other heads: FLOPs are free where bytes are the limit.
+and keys once more to divide them by their norms. So all heads are one product with all keys or
+values, of which each head's own block is wanted: FLOPs are free where bytes are the limit. Heads
+with keys of their own are a product and a sum instead, which fuse with the norms of keys.
 """
 
 import jax.numpy as jnp
@@ -45,8 +45,6 @@ def _dots(q: Float[Array, "B K G F"], k: Float[Array, "B S K F"]) -> Float[Array
 
 
 def _mixed(p: Float[Array, "B S K G"], v: Float[Array, "B S K H"]) -> Float[Array, "B K G H"]:
-    if p.shape[3] == 1:
-        return jnp.sum(p[..., None] * v[:, :, :, None], axis=1)
     return jnp.einsum("bkgkh->bkgh", jnp.einsum("bskg,bsjh->bkgjh", p, v))
 
 
