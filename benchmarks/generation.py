@@ -119,7 +119,7 @@ def main() -> None:
     """Measures both models and writes the record."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--size", choices=_SIZES, default="1.3b")
-    parser.add_argument("--repeats", type=int, default=2, help="runs, of which the best counts")
+    parser.add_argument("--repeats", type=int, default=1, help="runs, of which the best counts")
     parser.add_argument("--out", type=Path, help="JSON file")
     arguments = parser.parse_args()
     size = _SIZES[arguments.size]

@@ -9,7 +9,7 @@ with keys of their own are a product and a sum instead, which fuse with the norm
 import jax.numpy as jnp
 from jax import lax
 
-from lcattn.ops.checks import Sizes, accumulation_dtype
+from lcattn.ops.checks import Sizes
 from lcattn.ops.softplus_attention.dense import probabilities
 from lcattn.ops.softplus_attention.rows import Reweighting, Rows, squared_norm, unit
 from lcattn.ops.visibility import Visibility
@@ -29,23 +29,24 @@ def attend(
     """Attention of one query a row."""
     del is_packed
     (B, _, N, F), (_, S, K, H) = q.shape, v.shape
-    dtype = accumulation_dtype(q.dtype)
-    dots = _dots(unit(q).reshape(B, K, N // K, F), k.astype(dtype))
-    cosines = (dots * lax.rsqrt(squared_norm(k))).reshape(B, S, N, 1).transpose(0, 2, 3, 1)
+    norms = squared_norm(k)[..., 0].swapaxes(1, 2)
+    dots = _dots(unit(q).reshape(B, K, N // K, F), k)
+    cosines = (dots * lax.rsqrt(norms)[:, :, None]).reshape(B, N, 1, S)
     p = probabilities(cosines, rows, visibility, reweighting)
-    p = p[:, :, 0].reshape(B, K, N // K, S).transpose(0, 3, 1, 2)
-    return _mixed(p, v.astype(dtype)).reshape(B, 1, N, H).astype(q.dtype)
+    return _mixed(p[:, :, 0], v).reshape(B, 1, N, H).astype(q.dtype)
 
 
-def _dots(q: Float[Array, "B K G F"], k: Float[Array, "B S K F"]) -> Float[Array, "B S K G"]:
+def _dots(q: Float[Array, "B K G F"], k: Float[Array, "B S K F"]) -> Float[Array, "B K G S"]:
     if q.shape[2] == 1:
-        return jnp.sum(q[:, None] * k[:, :, :, None], axis=-1)
-    own = jnp.eye(k.shape[2], dtype=q.dtype)
-    return jnp.einsum("bkgjf,bsjf->bskg", q[:, :, :, None] * own[:, None, :, None], k)
+        return jnp.sum(q[:, None, :, 0] * k.astype(q.dtype), axis=-1).swapaxes(1, 2)[:, :, None]
+    own = q[:, :, :, None] * jnp.eye(k.shape[2], dtype=q.dtype)[:, None, :, None]
+    return jnp.einsum("bkgjf,bsjf->bkgs", own.astype(k.dtype), k, preferred_element_type=q.dtype)
 
 
-def _mixed(p: Float[Array, "B S K G"], v: Float[Array, "B S K H"]) -> Float[Array, "B K G H"]:
-    return jnp.einsum("bkgkh->bkgh", jnp.einsum("bskg,bsjh->bkgjh", p, v))
+def _mixed(p: Float[Array, "B N S"], v: Float[Array, "B S K H"]) -> Float[Array, "B K G H"]:
+    (B, N, _), (K, H) = p.shape, v.shape[2:]
+    out = jnp.einsum("bns,bsjh->bnjh", p.astype(v.dtype), v, preferred_element_type=p.dtype)
+    return jnp.einsum("bkgkh->bkgh", out.reshape(B, K, N // K, K, H))
 
 
 def objection(*, sizes: Sizes, **call) -> str | None:
