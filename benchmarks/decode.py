@@ -8,7 +8,6 @@ bytes over the rate of memory. `--size tiny` is a rehearsal for a CPU.
 """
 
 import argparse
-import concurrent.futures
 import dataclasses
 import functools
 import itertools
@@ -22,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from benchmarks.kernels import BANDWIDTH, poison, save, times
+from benchmarks.kernels import BANDWIDTH, compile_all, poison, save, times
 from lcattn import ops
 from lcattn.ops.linear_attention.features import FeatureMap
 
@@ -231,13 +230,14 @@ def main() -> None:
     parser.add_argument("--size", choices=("h200", "tiny"), default="h200")
     parser.add_argument("--out", type=Path, help="JSON file, written anew after every case")
     arguments = parser.parse_args()
-    with concurrent.futures.ThreadPoolExecutor() as pool:  # all of it before the first time
-        programs = {case: pool.submit(compiled, case) for case in cases(arguments.size)}
+    programs = compile_all(
+        {case: functools.partial(compiled, case) for case in cases(arguments.size)}
+    )
     fields: dict[str, Any] = {"bandwidth": BANDWIDTH, "read_rate": read_rate(arguments.size)}
     print(fields, flush=True)
     rows = []
-    for case, future in programs.items():
-        rows.append(measure(case, future.result()))
+    for case, compiled_case in programs.items():
+        rows.append(measure(case, compiled_case))
         row = rows[-1]
         print(
             f"{row['case']} | error {row['error']:.1e} | {row['ms']:.4f} ms, "

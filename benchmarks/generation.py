@@ -8,7 +8,7 @@ is a rehearsal for a CPU.
 """
 
 import argparse
-import concurrent.futures
+import functools
 import json
 import math
 import time
@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from benchmarks.kernels import BANDWIDTH, save
+from benchmarks.kernels import BANDWIDTH, compile_all, save
 from lcattn.models import LMConfig, generate
 from lcattn.nn import LinearAttentionConfig, ShortConvolutionConfig, SoftmaxAttentionConfig
 
@@ -124,14 +124,16 @@ def main() -> None:
     arguments = parser.parse_args()
     size = _SIZES[arguments.size]
     models, rows = configs(size), []
-    # Compiling takes as long as running, and tries out products on the device: all of it first.
-    with concurrent.futures.ThreadPoolExecutor() as pool:
-        programs = {
-            name: tuple(pool.submit(compiled, config, size, n) for n in (1, size["tokens"]))
+    # Compiling takes as long as running.
+    programs = compile_all(
+        {
+            (name, count): functools.partial(compiled, config, size, count)
             for name, config in models.items()
+            for count in (1, size["tokens"])
         }
+    )
     for name, config in models.items():
-        both = tuple(future.result() for future in programs.pop(name))
+        both = programs[name, 1], programs[name, size["tokens"]]
         rows.append(measure(name, config, size, both, arguments.repeats))
         print(json.dumps(rows[-1]), flush=True)
         save(arguments.out, "generation", size={**size}, rows=rows)
