@@ -1,6 +1,6 @@
 """Finds the fastest launch parameters of our kernels on one GPU, and writes the tables they read.
 
-    python -m benchmarks.tune linear_attention --out pallas_kernels/tuned
+    python -m benchmarks.tune linear_attention --out pallas_kernels/tables
 
 Of every shape, launch parameters are varied one at a time; then the best of each are taken
 together. The measure is the sum of the kernels of one forward and backward call (CUPTI, median of
