@@ -2,12 +2,14 @@
 
 import argparse
 import dataclasses
+import functools
 import json
 import math
 import shlex
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -43,7 +45,8 @@ class Case(Protocol):
         """Functions of all inputs but the gradient, to time; "mosaic_gpu" is ours."""
         ...
 
-    def reference(self, *arrays) -> jax.Array:
+    @property
+    def reference(self) -> Callable[..., Any]:
         """The op's XLA form."""
         ...
 
@@ -69,6 +72,13 @@ def compile_for(case: Case, f: Callable, *, backward: bool):
     return jax.jit(gradients(f)).lower(*arrays).compile() if backward else (
         jax.jit(f).lower(*arrays[:-1]).compile()
     )  # fmt: skip
+
+
+def compile_all[Key](programs: Mapping[Key, Callable[[], Any]]) -> dict[Key, Any]:
+    """Compiles side by side, all before anything is timed: XLA tries out products on the device."""
+    with ThreadPoolExecutor() as pool:
+        futures = {key: pool.submit(program) for key, program in programs.items()}
+        return {key: future.result() for key, future in futures.items()}
 
 
 def errors(case: Case, compiled) -> dict[str, float]:
@@ -99,6 +109,7 @@ def times(compiled, *arrays) -> dict:
     slow = time.perf_counter() - start > 0.3
     _, runs = profiler.measure(compiled, aggregate=False, iterations=2 if slow else 9)(*arrays)
     longest: dict[str, list[float]] = {}
+    assert runs, "the profiler saw no kernel"
     for run in runs:
         for name, ms in run:
             longest.setdefault(name[:60], []).append(ms)
@@ -117,17 +128,15 @@ def times(compiled, *arrays) -> dict:
     }  # fmt: skip
 
 
-def measure(case: Case) -> dict:
-    """One row of the record."""
+def measure(case: Case, programs: Mapping[tuple[str, bool], Any]) -> dict:
+    """One row of the record, by the programs of each form, forward and with its gradients."""
     *arrays, g = case.inputs(seed=0)
-    row = {"case": case.name, **dataclasses.asdict(case)}  # pyrefly: ignore
-    for name, f in case.forms().items():
-        both = compile_for(case, f, backward=True)
-        if name == "mosaic_gpu":
-            row["errors"] = errors(case, both)
+    row: dict[str, Any] = {"case": case.name, **dataclasses.asdict(case)}  # pyrefly: ignore
+    row["errors"] = errors(case, programs["mosaic_gpu", True])
+    for name in case.forms():
         row[name] = {
-            "forward": times(compile_for(case, f, backward=False), *arrays),
-            "forward_backward": times(both, *arrays, g),
+            "forward": times(programs[name, False], *arrays),
+            "forward_backward": times(programs[name, True], *arrays, g),
         }
     for key, backward in (("forward", False), ("forward_backward", True)):
         floor = 1e3 * case.floor(backward=backward)
@@ -167,9 +176,14 @@ def main(module: str, description: str, cases: Sequence[Case]) -> None:
     parser.add_argument("--seconds", type=float, default=math.inf, help="start no shape after that")
     arguments = parser.parse_args()
     start, rows = time.perf_counter(), []
+    compiled = compile_all({
+        (case, name, backward): functools.partial(compile_for, case, f, backward=backward)
+        for case in cases for name, f in case.forms().items() for backward in (False, True)
+    })  # fmt: skip
     for case in cases:
         if time.perf_counter() - start > arguments.seconds:
             break
-        rows.append(measure(case))
+        programs = {key[1:]: program for key, program in compiled.items() if key[0] == case}
+        rows.append(measure(case, programs))
         print(summary(rows[-1]), flush=True)
         save(arguments.out, module, rows=rows)

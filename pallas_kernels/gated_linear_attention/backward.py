@@ -13,7 +13,13 @@ The log decay of token t stands in every exponent from a token before it to one 
 Pairs within the chunk that t does not part are in both of the first sums and have to cancel: both
 are formed of the same rounded operands, and then they do. All else only adds up.
 
-A CTA takes 64 features, whose factors e^.. already take the registers of a tile each.
+A CTA takes 64 features, whose factors e^.. already take the registers of a tile each. Mild and
+strong chunks go separate ways from the start to the end: where the two paths joined again, the
+compiler serialised products for want of registers (C7511).
+
+Floor of forward and backward at the shape in `forward`: 2 GB moved, 0.47 ms. Reached on an H200:
+1.41 ms, all of it traffic: 0.46 here (1.6 GB, states of chunks and their gradients among them),
+0.49 in two walks, 0.40 in three sweeps over states, 0.04 in XLA.
 """
 
 import jax

@@ -11,6 +11,12 @@ A CTA walks the chunks of 64 tokens of one (batch, group of chunks, head), a war
 values, with those columns of the state in its registers. Each warpgroup scales 64 features of the
 tokens in shared memory, for all (of 64 features the first does). That is where they wait for each
 other, once a mild chunk, and where it is known that nobody reads the last chunk's tiles any more.
+
+Floor at F = H = 128, bfloat16, 32768 tokens x 16 heads: q, k, v, the log decays and the output
+moved once are 671 MB, 0.156 ms at 4.3 TB/s; matrix work, 7.3 MFLOP a chunk where decays are mild,
+is 0.075 ms at 800 TFLOP/s. Reached on an H200: 0.36 ms, 44 % of it. The walk takes 0.20 of these,
+at 79 % of its floor; the sweep that finds where groups start reads k, v and decays once more (0.10,
+3.9 TB/s), XLA sums up decays (0.04). No state of a chunk goes through memory.
 """
 
 import functools
