@@ -1,6 +1,7 @@
 """Launch parameters of the kernels. What a block is, the plan of a call says."""
 
 import dataclasses
+from typing import NamedTuple
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -8,6 +9,8 @@ class LaunchConfig:
     """How the Hopper kernels cut up a block that streams.
 
     Attributes:
+      blocks: blocks of queries that a CTA works through, one after another.
+      key_blocks: blocks of keys, in the kernel of d k and d v.
       width: keys a step in the forward kernel.
       stages: steps in flight from global to shared memory there.
       takes_turns: whether one of two computing warpgroups multiplies matrices there while the other
@@ -22,6 +25,8 @@ class LaunchConfig:
       ValueError: for numbers that do not fit.
     """
 
+    blocks: int = 1
+    key_blocks: int = 1
     width: int = 128
     stages: int = 2
     takes_turns: bool = True
@@ -35,15 +40,45 @@ class LaunchConfig:
             _check_choice(self, name, (64, 128))
         for name in ("stages", "query_gradient_stages", "key_gradient_stages"):
             _check_choice(self, name, (2, 3, 4))
+        for name in ("blocks", "key_blocks"):
+            _check_choice(self, name, (1, 2, 4, 8, 16))
 
 
-def heuristic(*, key_block: int) -> LaunchConfig:
-    """The launch parameters for blocks of keys: the widest steps that divide them.
+class Walks(NamedTuple):
+    """The lists of one kernel.
 
-    Not measured: no GPU was at hand. Widths and stages are those of the reference kernel of JAX for
-    Hopper, which is as fast as cuDNN; steps of 128 spill in the gradients' kernels at H = 128.
+    Attributes:
+      count: how many there are, of all rows and heads.
+      length: entries of one, at most or on average.
     """
-    return LaunchConfig(width=128 if key_block % 128 == 0 else 64)
+
+    count: int
+    length: float
+
+    @property
+    def a_cta(self) -> int:
+        """How many to give to a CTA: more than one if they are short, and enough for all SMs."""
+        return next(
+            n for n in (4, 2, 1) if n == 1 or (n * self.length <= 64 and self.count >= 1024 * n)
+        )
+
+
+def heuristic(*, key_block: int, readers: Walks, keys: Walks) -> LaunchConfig:
+    """The launch parameters for a plan, as measured on an H200 (`benchmarks/h200`).
+
+    Steps are the widest that divide blocks of keys; those of 128 spill in the gradients' kernels at
+    H = 128. Short lists are worked through several a CTA.
+
+    Args:
+      key_block: size of blocks of keys.
+      readers: the lists of blocks of queries.
+      keys: those of blocks of keys.
+    """
+    return LaunchConfig(
+        width=128 if key_block % 128 == 0 else 64,
+        blocks=readers.a_cta,
+        key_blocks=keys.a_cta,
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -13,9 +13,10 @@ import math
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from pallas_kernels.block_sparse_attention.backward import key_gradients, query_gradients
-from pallas_kernels.block_sparse_attention.config import LaunchConfig, heuristic
+from pallas_kernels.block_sparse_attention.config import LaunchConfig, Walks, heuristic
 from pallas_kernels.block_sparse_attention.forward import attend
 from pallas_kernels.block_sparse_attention.items import NEVER, Lists
 from pallas_kernels.block_sparse_attention.phases import by_keys, by_queries
@@ -60,7 +61,7 @@ def block_sparse_attention(
       ValueError: saying why these kernels do not serve the call.
     """
     (T, N), (S, _, H) = q.shape[1:3], v.shape[1:]
-    config = config or heuristic(key_block=key_block)
+    config = config or _heuristic(q, k, lists, key_block)
     reason = objection(
         dtype=q.dtype, F=q.shape[3], H=H, query_block=query_block, key_block=key_block
     )
@@ -96,6 +97,14 @@ def block_sparse_attention(
     return out[:, :T], lse.swapaxes(1, 2)[:, :T]
 
 
+def _heuristic(q: jax.Array, k: jax.Array, lists: Lists, key_block: int) -> LaunchConfig:
+    (B, _, N, _), K = q.shape, k.shape[2]
+    m, e = lists.blocks.shape[2:]
+    n = lists.start.shape[-1] - 1
+    readers, keys = Walks(B * N * m, e), Walks(B * K * n, N // K * m * e / n)
+    return heuristic(key_block=key_block, readers=readers, keys=keys)
+
+
 def objection(*, dtype, F: int, H: int, query_block: int, key_block: int) -> str | None:
     """Why the kernels do not serve a call, in words, or None."""
     if dtype not in (jnp.bfloat16, jnp.float16):
@@ -122,8 +131,9 @@ def _attend_backward(plan, residuals, cotangents):
     q, k, v, lists, rule, out, lse = residuals
     g, d_lse = cotangents
     empty = jnp.isneginf(lse)
-    mean = jnp.sum(g.astype(jnp.float32) * out.astype(jnp.float32), axis=-1).swapaxes(1, 2)
-    mean -= jnp.where(empty, 0, d_lse)
+    mean = jnp.sum(g.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
+    # XLA would fuse the sum into what rearranges it, which takes six times as long.
+    mean = lax.optimization_barrier(mean).swapaxes(1, 2) - jnp.where(empty, 0, d_lse)
     numbers = jnp.stack([jnp.where(empty, jnp.inf, lse * LOG2_E), mean], axis=2)
     arrays = q, g, numbers, k, v
     dq = query_gradients(plan, *arrays, by_queries(lists), rule)

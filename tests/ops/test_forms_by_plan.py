@@ -124,7 +124,7 @@ def test_all_levels_are_one_call(monkeypatch):
     x = jax.ShapeDtypeStruct((1, 8 * 2**4, 2, 4), jnp.float32)
     attend = functools.partial(ops.hyper_attention, **HYPER, implementation="block_sparse")
     jax.eval_shape(attend, x, x, x)
-    levels, leaves = calls
+    leaves, levels = calls
     assert leaves.blocks.shape[:2] == (1, 1)  # one list for all heads and leaves
     # Of 4 keys each: the own block, and six samples.
     assert levels.blocks.shape[-1] == 1 + 2 + 1

@@ -154,9 +154,11 @@ def _in_chunks(
     def head(q, k, v, *rest):
         return blockwise.attend(q, k, v, _plan(q, k, drawn, bounds, options, *rest), options)
 
-    levels = _over_heads(head, q, k, v, drawn, groups[:3])
+    outs, lses = _over_heads(head, q, k, v, drawn, groups[:3])
+    parts = [(outs[:, level], lses[:, level]) for level in range(outs.shape[1])]
     exact = functools.partial(chunked.attend, scale=options.scale)
-    return _put_together(q, k, v, levels, groups, leaf, exact)
+    exact = _exact(q, k, v, groups, leaf, exact)
+    return merge(*parts) if exact is None else merge(*parts, exact)
 
 
 def _block_sparse(
@@ -168,9 +170,8 @@ def _block_sparse(
         return _plan(q, k, drawn, bounds, options, *rest)
 
     plan = _map_heads(head, q, k, v, drawn, groups[:3])
-    levels = block_sparse.attend(q, k, v, plan, options)
     exact = functools.partial(visible.attend, scale=options.scale)
-    return _put_together(q, k, v, levels, groups, leaf, exact)
+    return block_sparse.attend(q, k, v, plan, options, _exact(q, k, v, groups, leaf, exact))
 
 
 def _plan(
@@ -183,18 +184,14 @@ def _plan(
     )  # fmt: skip
 
 
-def _put_together(
-    q: Array, k: Array, v: Array, levels: tuple[Array, Array], groups: Groups, leaf: int | None,
-    exact: Callable[..., tuple[Array, Array]],
-) -> tuple[Array, Array]:  # fmt: skip
-    """Levels `[B,L,T,...]`, and by `exact` what is not estimated, in one softmax."""
-    outs, lses = levels
-    parts = [(outs[:, level], lses[:, level]) for level in range(outs.shape[1])]
+def _exact(
+    q: Array, k: Array, v: Array, groups: Groups, leaf: int | None,
+    attend: Callable[..., tuple[Array, Array]],
+) -> tuple[Array, Array] | None:  # fmt: skip
+    """What is not estimated, by `attend`, if there is anything."""
     if leaf is not None:
-        parts.append(_leaves(q, k, v, leaf, exact))
-    elif groups.exact is not None:
-        parts.append(exact(q, k, v, groups.exact))
-    return merge(*parts)
+        return _leaves(q, k, v, leaf, attend)
+    return None if groups.exact is None else attend(q, k, v, groups.exact)
 
 
 def _leaves(
