@@ -100,7 +100,8 @@ def attend(
     return plan.launch(
         block_sparse_attention_forward, (q, k, v, phases, rule), resident=[0],
         tiles=[((width, H), x.dtype) for x in (k, v)], block=plan.query_block,
-        blocks=plan.config.blocks, stages=plan.config.stages, reverse=True, takes_turns=plan.config.takes_turns,
+        blocks=plan.config.blocks, stages=plan.config.stages, reverse=True,
+        takes_turns=plan.config.takes_turns,
         out_type=(
             jax.ShapeDtypeStruct((B, T, N, H), q.dtype),
             jax.ShapeDtypeStruct((B, N, T), jnp.float32),

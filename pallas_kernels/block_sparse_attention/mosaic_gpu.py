@@ -63,8 +63,9 @@ def block_sparse_attention(
     (T, N), (S, _, H) = q.shape[1:3], v.shape[1:]
     config = config or _heuristic(q, k, lists, key_block)
     reason = objection(
-        dtype=q.dtype, F=q.shape[3], H=H, query_block=query_block, key_block=key_block
-    )
+        dtype=q.dtype, B=len(q), N=N, F=q.shape[3], H=H, query_block=query_block,
+        key_block=key_block,
+    )  # fmt: skip
     if reason is not None:
         raise ValueError(f"block_sparse_attention: the mosaic_gpu kernels {reason}")
     for name, block in (
@@ -105,7 +106,9 @@ def _heuristic(q: jax.Array, k: jax.Array, lists: Lists, key_block: int) -> Laun
     return heuristic(key_block=key_block, readers=readers, keys=keys)
 
 
-def objection(*, dtype, F: int, H: int, query_block: int, key_block: int) -> str | None:
+def objection(
+    *, dtype, B: int, N: int, F: int, H: int, query_block: int, key_block: int
+) -> str | None:
     """Why the kernels do not serve a call, in words, or None."""
     if dtype not in (jnp.bfloat16, jnp.float16):
         return f"take bfloat16 or float16, not {jnp.dtype(dtype).name}"
@@ -114,6 +117,8 @@ def objection(*, dtype, F: int, H: int, query_block: int, key_block: int) -> str
     for name, size in (("query_block", query_block), ("key_block", key_block)):
         if size % TILE:
             return f"take blocks of multiples of 64, not {name}={size}"
+    if max(B, N) >= 2**16:
+        return f"take up to 65535 rows and heads, not B={B}, N={N}"
     return None
 
 

@@ -12,7 +12,7 @@ from lcattn.ops.block_sparse_attention import kernel
 from lcattn.ops.block_sparse_attention.entries import entries
 from lcattn.testing.plans import random_plan
 from pallas_kernels.block_sparse_attention import mosaic_gpu, phases
-from pallas_kernels.block_sparse_attention.config import LaunchConfig, heuristic
+from pallas_kernels.block_sparse_attention.config import LaunchConfig, Walks, heuristic
 from pallas_kernels.block_sparse_attention.items import FULL, SKIPPED
 
 IDS = np.asarray([[-1] * 3 + [0] * 200 + [2] * 60 + [-1] * 10 + [3] + [4] * 26], np.int32)
@@ -140,20 +140,20 @@ def test_a_call_that_is_not_served_is_told_why(dtype, H, block, message, on_hopp
         block_sparse_attention(q, q, q, plan, implementation="mosaic_gpu")
 
 
-def test_they_need_a_hopper_gpu_and_are_never_chosen_unasked(on_hopper, monkeypatch):
+def test_they_are_chosen_on_a_hopper_gpu_and_need_one(on_hopper, monkeypatch):
     q = jnp.ones((1, 64, 1, 64), jnp.bfloat16)
     table = dispatch.OPS["block_sparse_attention"]
     call = {"sizes": kernel.Sizes(B=1, T=64, S=64, N=1, K=1, F=64, H=64), "dtype": q.dtype}
     call["plan"] = causal_plan(64)
     assert table["mosaic_gpu"].objection(**call) is None
-    assert not table["mosaic_gpu"].is_best(**call)
+    assert table["mosaic_gpu"].pays(**call) == (jax.device_count() == 1)
     monkeypatch.undo()
     with pytest.raises(ValueError, match="'mosaic_gpu' needs a Hopper GPU"):
         block_sparse_attention(q, q, q, causal_plan(64), implementation="mosaic_gpu")
 
 
 def test_launch_parameters():
-    assert heuristic(key_block=64).width == 64
+    assert heuristic(key_block=64, readers=Walks(1, 1), keys=Walks(1, 1)).width == 64
     with pytest.raises(ValueError, match=r"LaunchConfig.stages: expected one of \(2, 3, 4\)"):
         LaunchConfig(stages=5)
     q = jnp.ones((1, 64, 1, 64), jnp.bfloat16)

@@ -26,6 +26,11 @@ class Options(NamedTuple):
     sample_size: int
     strict: bool
 
+    @property
+    def chunk(self) -> int:
+        """Queries a chunk."""
+        return min(_CHUNK, self.block_size)
+
 
 class Plan(NamedTuple):
     """What one head reads.
@@ -74,7 +79,7 @@ def make_plan(
 ) -> Plan:
     """Sorts, cuts and samples the keys, and gives each query its block."""
     (L, T), S, P = query_groups.shape, key_groups.shape[1], len(draw_ids)
-    b, c, n = options.block_size, min(_CHUNK, options.block_size), bounds.num_blocks
+    b, c, n = options.block_size, options.chunk, bounds.num_blocks
     queries, keys = (
         by_rank(groups, ranks, P, 2**num_projections)
         for groups, ranks in ((query_groups, query_ranks), (key_groups, key_ranks))
