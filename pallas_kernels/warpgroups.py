@@ -86,6 +86,11 @@ class Turns:
             plgpu.barrier_arrive(self.barrier)
             plgpu.barrier_wait(self.barrier)
 
+    def skip(self) -> None:
+        """Both swaps of a step, by those that have none to take."""
+        self.swap()
+        self.swap()
+
     def begin(self, warpgroup: Any) -> None:
         """Lets the first warpgroup go ahead."""
         if self.barrier is not None:

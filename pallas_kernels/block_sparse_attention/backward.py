@@ -102,7 +102,7 @@ def query_gradients(
     return plan.launch(
         block_sparse_attention_query_gradients, (q, g, numbers, k, v, phases, rule),
         resident=[0, 1], tiles=[((width, H), x.dtype) for x in (k, v)], block=plan.query_block,
-        blocks=plan.config.blocks, stages=plan.config.query_gradient_stages, reverse=True,
+        blocks=plan.config.blocks, stages=plan.config.query_gradient_stages,
         out_type=jax.ShapeDtypeStruct(q.shape, q.dtype),
     )  # fmt: skip
 
@@ -193,7 +193,7 @@ def key_gradients(
 
     return plan.launch(
         block_sparse_attention_key_gradients, (q, g, numbers, k, v, phases, rule),
-        resident=[3, 4], block=plan.key_block,
+        resident=[3, 4], members=group, block=plan.key_block,
         blocks=plan.config.key_blocks, stages=plan.config.key_gradient_stages,
         tiles=[((width, H), q.dtype), ((width, H), g.dtype), ((2, width), jnp.float32)],
         out_type=tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (k, v)),

@@ -86,7 +86,8 @@ def attend(
                 values.release(slot)
                 return mixed, total, highest
 
-            pl.when(steps.count > 0)(lambda: keys.wait(first))
+            # The other one may wait for a swap before it lets go of the block that was before.
+            lax.cond(steps.count > 0, lambda: keys.wait(first), turns.skip)
             nothing = plgpu.layout_cast(jnp.zeros((TILE,), jnp.float32), ALONG_ROWS)
             mixed, total, highest = steps.walk(body, (zeros(H), nothing, nothing - jnp.inf), first)
             # The largest term is 1; a query that sees nothing has a sum of 0, and -inf.
@@ -100,7 +101,7 @@ def attend(
     return plan.launch(
         block_sparse_attention_forward, (q, k, v, phases, rule), resident=[0],
         tiles=[((width, H), x.dtype) for x in (k, v)], block=plan.query_block,
-        blocks=plan.config.blocks, stages=plan.config.stages, reverse=True,
+        blocks=plan.config.blocks, stages=plan.config.stages,
         takes_turns=plan.config.takes_turns,
         out_type=(
             jax.ShapeDtypeStruct((B, T, N, H), q.dtype),

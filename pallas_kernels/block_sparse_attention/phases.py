@@ -20,11 +20,13 @@ class Phases(NamedTuple):
       blocks: the block that streams.
       edges: where the whole entries of each block that stays begin, where its partial ones do, and
         where these end, `[b,h,blocks,3]`.
+      order: the blocks that stay, those of the longest lists first, `[b,h,blocks]`.
       log_weight: what is added to scores in powers of two, float32, or None.
     """
 
     blocks: jax.Array
     edges: jax.Array
+    order: jax.Array
     log_weight: jax.Array | None
 
 
@@ -60,4 +62,5 @@ def _phases(stay: jax.Array, stream: jax.Array, lists: Lists, count: int) -> Pha
     log_weight = lists.log_weight
     if log_weight is not None:
         log_weight = powers_of_two(ordered(log_weight))
-    return Phases(ordered(stream), edges.astype(jnp.int32), log_weight)
+    longest = jnp.argsort(edges[..., 0] - edges[..., 2], axis=-1, stable=True)
+    return Phases(ordered(stream), edges.astype(jnp.int32), longest.astype(jnp.int32), log_weight)

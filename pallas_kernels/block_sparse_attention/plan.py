@@ -2,9 +2,8 @@
 
 A CTA keeps a block of 64 tokens a computing warpgroup in shared memory, queries or keys, and its
 list says which others stream past it (`phases`), copied by a warpgroup of its own (`ring`). Where
-lists are short it goes on to further blocks, which are copied while the one before is at work. CTAs
-whose walks tend to be long come first; those of one head are neighbours in time and read the same
-tokens from L2.
+lists are short it goes on to further blocks, which are copied while the one before is at work. The
+longest lists come first; CTAs of one head are neighbours in time and read the same tokens from L2.
 """
 
 import dataclasses
@@ -80,7 +79,7 @@ class Plan:
         blocks: int,
         stages: int,
         out_type: Any,
-        reverse: bool = False,
+        members: int = 1,
         takes_turns: bool = False,
     ) -> Any:
         """Runs a kernel on every block of every head of what stays.
@@ -97,38 +96,37 @@ class Plan:
           blocks: that a CTA works through, one after another.
           stages: tiles in flight.
           out_type: shapes of its outputs.
-          reverse: whether later blocks tend to have longer lists.
+          members: query heads to a head of what stays.
           takes_turns: whether computing warpgroups do.
         """
         B, T, heads, H = arrays[resident[0]].shape
         # Both read the same list.
         readers = 2 if block % (2 * TILE) == 0 else 1
         num_blocks = T // (readers * TILE)
-        ctas = -(-num_blocks // blocks)
+        ctas, parts = -(-num_blocks // blocks), block // (readers * TILE)
         scratch: dict[str, Any] = {}
         if takes_turns and readers == 2:
             scratch = {"turn": plgpu.Barrier(num_arrivals=readers)}
 
         def kernel(arrays, *outs, residents, rings, turn=None):
-            cta = lax.axis_index("block")
-            cta = ctas - 1 - cta if reverse else cta
+            cta, batch, head = (lax.axis_index(name) for name in ("block", "batch", "head"))
+            *_, phases, _ = arrays
+            at = self.of(phases.order, batch, head * members)
             warpgroup = lax.axis_index("warpgroup")
             turns = Turns(turn)
 
             def here(i, warpgroup):
-                index = cta * blocks + i
-                return Here(
-                    lax.axis_index("batch"), lax.axis_index("head"),
-                    lax.div(index, block // (readers * TILE)), warpgroup,
-                    (index * readers + warpgroup) * TILE,
-                )  # fmt: skip
+                place = cta + i * ctas
+                index = phases.order[*at, lax.div(place, parts)]
+                part = index * parts + lax.rem(place, parts)
+                return Here(batch, head, index, warpgroup, (part * readers + warpgroup) * TILE)
 
             def over_blocks(run):
                 """Runs `run(i, first) -> first` on every block of the CTA."""
                 if blocks == 1:
                     run(0, jnp.int32(0))
                 else:
-                    count = jnp.minimum(blocks, num_blocks - cta * blocks)
+                    count = lax.div(num_blocks - cta + ctas - 1, ctas)
                     lax.fori_loop(0, count, run, jnp.int32(0))
 
             def copying() -> None:
@@ -136,12 +134,12 @@ class Plan:
                     plgpu.set_max_registers(24, action="decrease")
 
                 def run(i, first):
+                    own = [here(i, reader) for reader in range(readers)]
                     for ring, array in zip(residents, (arrays[j] for j in resident), strict=True):
                         ring.clear(i)
-                        for reader in range(readers):
-                            at = here(i, reader)
-                            ring.fill_part(i, reader, array.at[at.batch, at.tokens, at.head])
-                    copy, _ = body(arrays, outs, here=here(i, 0), rings=rings, turns=turns)
+                        for reader, at in enumerate(own):
+                            ring.fill_part(i, reader, array.at[batch, at.tokens, head])
+                    copy, _ = body(arrays, outs, here=own[0], rings=rings, turns=turns)
                     return copy(first)
 
                 over_blocks(run)
@@ -152,8 +150,8 @@ class Plan:
                     plgpu.set_max_registers(240, action="increase")
 
                 def run(i, first):
-                    at = here(i, warpgroup)
-                    _, compute = body(arrays, outs, here=at, rings=rings, turns=turns)
+                    own = here(i, warpgroup)
+                    _, compute = body(arrays, outs, here=own, rings=rings, turns=turns)
                     for ring in residents:
                         ring.wait(i)
                     first = compute(first, [ring.tile(i) for ring in residents])
