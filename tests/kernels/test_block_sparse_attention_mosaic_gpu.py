@@ -7,7 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lcattn.ops import block_sparse_attention, causal_plan, dispatch, sliding_window_plan
+from lcattn.ops import (
+    block_mask_plan,
+    block_sparse_attention,
+    causal_plan,
+    dispatch,
+    sliding_window_plan,
+)
 from lcattn.ops.block_sparse_attention import kernel
 from lcattn.ops.block_sparse_attention.entries import entries
 from lcattn.testing.plans import random_plan
@@ -18,16 +24,22 @@ from pallas_kernels.block_sparse_attention.items import FULL, SKIPPED
 IDS = np.asarray([[-1] * 3 + [0] * 200 + [2] * 60 + [-1] * 10 + [3] + [4] * 26], np.int32)
 
 CASES = {
-    # name: (B, T, S, N, K), plan, scale, dtype
+    # name: (B, T, S, N, K), plan, config, scale, dtype
     "lists and rules of each head, weighted, ragged, small blocks of keys, float16": (
-        (1, 300, 200, 2, 1), lambda: random_plan(1, 300, 200, 2, key_block=64), -0.1, jnp.float16,
+        (1, 300, 200, 2, 1), lambda: random_plan(1, 300, 200, 2, key_block=64),
+        None, -0.1, jnp.float16,
     ),
     "a window with sinks, packed, grouped queries, large blocks of keys, bfloat16": (
         (1, 300, 300, 2, 1),
         lambda: sliding_window_plan(
             300, 40, sinks=3, segment_ids=jnp.asarray(IDS), key_block=256
         ),
-        None, jnp.bfloat16,
+        None, None, jnp.bfloat16,
+    ),
+    "one list of several in a CTA, the others empty, whose warpgroups still take turns": (
+        (1, 512, 512, 1, 1),
+        lambda: block_mask_plan(jnp.zeros((1, 1, 4, 4), bool).at[..., 1, :2].set(True), 512),
+        LaunchConfig(blocks=4, key_blocks=4), None, jnp.bfloat16,
     ),
 }  # fmt: skip
 
@@ -50,13 +62,13 @@ def values_and_gradients(implementation, scale, q, k, v, plan, g):
 @functools.cache
 def both(name):
     """What the kernels give, copying warpgroup and all, and what the definition does in float32."""
-    (B, T, S, N, K), plan, scale, dtype = CASES[name]
+    (B, T, S, N, K), plan, config, scale, dtype = CASES[name]
     draw = np.random.default_rng(0)
     shapes = (B, T, N, 64), (B, S, K, 64), (B, S, K, 64), (B, T, N, 64)
     q, k, v, g = (jnp.asarray(draw.normal(size=shape), dtype) for shape in shapes)
     plan = plan()
     with pytest.MonkeyPatch.context() as patch:
-        run = functools.partial(mosaic_gpu.block_sparse_attention, interpret=True)
+        run = functools.partial(mosaic_gpu.block_sparse_attention, interpret=True, config=config)
         patch.setattr(mosaic_gpu, "block_sparse_attention", run)
         patch.setattr(kernel.dispatch, "on_hopper", lambda: True)
         got = values_and_gradients("mosaic_gpu", scale, q, k, v, plan, g)
@@ -77,7 +89,8 @@ def test_values_and_every_gradient_agree_with_the_definition(name):
 
 
 def test_queries_that_see_nothing_give_zeros():
-    lists, window = (both(name)[0] for name in CASES)
+    lists, window, one = (both(name)[0] for name in CASES)
+    assert np.array_equal(np.any(one[0] != 0, axis=(0, 2, 3)), np.arange(512) // 128 == 1)
     assert not np.any(lists[0][:, :128, 0])
     assert not np.any(lists[2][:, :128, 0])
     assert not any(np.any(x[IDS < 0]) for x in (window[0], *window[2:]))
