@@ -101,8 +101,9 @@ def test_phases_hold_every_entry_once_in_both_orders():
     kinds = np.asarray(lists.kinds[0])
     for n in range(2):
         for order, swap, blocks in ((phases.by_queries, False, 3), (phases.by_keys, True, 2)):
-            stream, edges, weight = (np.asarray(x[0, n]) for x in order(lists))
-            assert len(edges) == blocks
+            stream, edges, longest, weight = (np.asarray(x[0, n]) for x in order(lists))
+            assert sorted(longest) == list(range(blocks))
+            assert np.all(np.diff((edges[:, 2] - edges[:, 0])[longest]) <= 0)
             assert edges[0, 0] == 0
             assert np.all(edges[1:, 0] == edges[:-1, 2])
             found = []
