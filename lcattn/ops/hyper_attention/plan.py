@@ -144,8 +144,8 @@ class _Pieces(NamedTuple):
     def of(cls, counts: Int[Array, "wholes"], num_pieces: int) -> "_Pieces":
         ends = jnp.cumsum(counts, dtype=jnp.int32)
         piece = jnp.arange(num_pieces, dtype=jnp.int32)
-        whole = jnp.searchsorted(ends, piece, side="right").astype(jnp.int32)
-        return cls(ends - counts, jnp.minimum(whole, len(counts) - 1))
+        whole = jnp.searchsorted(ends, piece, side="right", method="compare_all")
+        return cls(ends - counts, jnp.minimum(whole, len(counts) - 1).astype(jnp.int32))
 
 
 def _of_members(places: Array, at: tuple[Array, Array], num_groups: int, none: int) -> Array:

@@ -42,18 +42,21 @@ def by_rank(
     token = jnp.arange(len(ranks), dtype=jnp.int32)
     is_member = jnp.any(groups < num_groups, axis=0)
     ranks = jnp.where(is_member, ranks, num_ranks)
-    in_order, order = lax.sort((ranks, token), num_keys=1)
-    first = jnp.searchsorted(in_order, jnp.arange(num_ranks + 1, dtype=jnp.int32))
-    nth = jnp.zeros_like(token).at[order].set(token - first.astype(jnp.int32)[in_order])
-
     end = jnp.zeros(num_groups, jnp.int32).at[groups].max(token + 1, mode="drop")
     begin = jnp.full(num_groups, len(token), jnp.int32).at[groups].min(token, mode="drop")
     begin = jnp.minimum(begin, end)  # of groups that have no members
     edges = jnp.sort(jnp.concatenate([begin, end]))
-    stretch = jnp.searchsorted(edges, token, side="right")
+    # Few edges: comparing with each is one kernel, where a search is a loop of many.
+    stretch = jnp.searchsorted(edges, token, side="right", method="compare_all")
     counts = jnp.zeros((len(edges) + 1, num_ranks), jnp.int32)
     counts = jnp.cumsum(counts.at[stretch, ranks].add(1, mode="drop"), axis=0)
-    before, until = (counts[jnp.searchsorted(edges, edge)] for edge in (begin, end))
+    before, until = (
+        counts[jnp.searchsorted(edges, edge, method="compare_all")] for edge in (begin, end)
+    )
+
+    in_order, order = lax.sort((ranks, token), num_keys=1)
+    first = jnp.pad(jnp.cumsum(counts[-1]), (1, 0))
+    nth = jnp.zeros_like(token).at[order].set(token - first[in_order])
     counts = until - before
     below = jnp.cumsum(counts, axis=1) - counts
     return Ranked(counts, below, below - before, nth)
