@@ -8,8 +8,9 @@ float32. Then both are timed at full length, beside exact attention by cuDNN, wi
 kernels of each call: sorting, gathering and the building of plans are kernels too. A case that
 fails is reported and does not end the run.
 
-Times are the sum of the kernels of one call (CUPTI, median of 9, or 2 of slow calls), and the wall
-time of a call with its host work. Programs are compiled side by side before anything is timed.
+Times are the sum of the kernels of one call (CUPTI, median of 9, or 2 of slow calls and of peers),
+and the wall time of a call with its host work. Programs are compiled side by side before anything
+is timed.
 
 `--rehearse` runs all of it at tiny sizes on a CPU, in plain XLA; its times mean nothing.
 """
@@ -38,6 +39,7 @@ from lcattn import ops
 TOLERANCE = 2e-2
 PASSES = {"forward": False, "forward_backward": True}
 Form = Callable[..., jax.Array]
+Programs = Mapping[tuple[str, ...], Any]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,8 +52,8 @@ class Case:
       T, N, H: tokens, heads and their size.
       goal: milliseconds to reach, forward, and forward and backward; None for none.
       times_exact: or how many times faster than cuDNN to be instead.
-      short: the length that is checked.
-      xla: whether to time the XLA form.
+      short: the length that is checked; None for a mechanism that is checked already.
+      peers: what is timed beside it, of "cudnn_exact" and "xla", which takes long.
     """
 
     op: str
@@ -61,8 +63,8 @@ class Case:
     H: int
     goal: tuple[float | None, float | None] = (None, None)
     times_exact: tuple[float | None, float | None] = (None, None)
-    short: int = 16384
-    xla: bool = True
+    short: int | None = 16384
+    peers: tuple[str, ...] = ("cudnn_exact",)
 
     @property
     def name(self) -> str:
@@ -95,15 +97,35 @@ class Case:
     def exact(self, q: jax.Array, *rest: jax.Array) -> jax.Array:
         """Softmax attention by cuDNN; queries are the keys of routing."""
         k, v = (q, *rest) if len(rest) == 1 else rest
-        peer = "xla" if dispatches_to_cpu() else "cudnn"
+        peer = "xla" if is_rehearsal() else "cudnn"
         return jax.nn.dot_product_attention(
             q, k, v, is_causal=self.is_causal, implementation=peer
         )  # fmt: skip
 
     def forms(self) -> dict[str, Form]:
         """What is timed."""
-        forms = {"block_sparse": self.form("block_sparse"), "cudnn_exact": self.exact}
-        return forms | {"xla": self.form("xla")} if self.xla else forms
+        forms = {"cudnn_exact": self.exact, "xla": self.form("xla")}
+        return {"block_sparse": self.form("block_sparse")} | {k: forms[k] for k in self.peers}
+
+    def passes(self, form: str) -> dict[str, bool]:
+        """The passes that are timed of a form, and whether they go backward."""
+        return {"forward_backward": True} if form == "xla" else PASSES
+
+    def errors(self, run: Programs) -> dict[str, float]:
+        """Relative RMS errors of the output and all gradients against the XLA form."""
+        if self.short is None:
+            return {}
+        arrays = self.inputs(self.short, seed=time.time_ns() % 2**31)
+        if not is_rehearsal():
+            kernels.poison()
+        got = run["check", "block_sparse"](*arrays)
+        want = run["check", "xla"](*(x.astype(jnp.float32) for x in arrays))
+        names = ("out", "dq", "dv") if len(arrays) == 3 else ("out", "dq", "dk", "dv")
+        found = {}
+        for name, a, b in zip(names, got, want, strict=True):
+            a, b = (np.asarray(x, np.float64) for x in (a, b))
+            found[name] = float(np.linalg.norm(a - b) / np.linalg.norm(b))
+        return found
 
     def tiny(self) -> "Case":
         """The same in sizes for a CPU."""
@@ -114,10 +136,10 @@ class Case:
         for name, size in (("cluster_size", 16), ("window", 64)):
             if name in options:
                 options[name] = size
-        return dataclasses.replace(self, options=options, T=512, short=256, N=2)
+        return dataclasses.replace(self, options=options, T=512, short=self.short and 256, N=2)
 
 
-def dispatches_to_cpu() -> bool:
+def is_rehearsal() -> bool:
     """Whether this is a rehearsal."""
     return jax.default_backend() == "cpu"
 
@@ -143,9 +165,11 @@ def programs(case: Case) -> dict[tuple[str, ...], Callable[[], Any]]:
     work = {
         (name, which): functools.partial(compiled, form, arrays, backward=backward)
         for name, form in case.forms().items()
-        for which, backward in PASSES.items()
+        for which, backward in case.passes(name).items()
     }
     for name, dtype in (("block_sparse", jnp.bfloat16), ("xla", jnp.float32)):
+        if case.short is None:
+            break
         short = jax.eval_shape(lambda dtype=dtype: case.inputs(case.short, 0, dtype))
         work["check", name] = functools.partial(
             compiled, case.form(name), short, backward=True
@@ -153,41 +177,29 @@ def programs(case: Case) -> dict[tuple[str, ...], Callable[[], Any]]:
     return work
 
 
-def errors(case: Case, run: Mapping[tuple[str, ...], Any]) -> dict[str, float]:
-    """Relative RMS errors of the output and all gradients against the XLA form."""
-    arrays = case.inputs(case.short, seed=time.time_ns() % 2**31)
-    if not dispatches_to_cpu():
-        kernels.poison()
-    got = run["check", "block_sparse"](*arrays)
-    want = run["check", "xla"](*(x.astype(jnp.float32) for x in arrays))
-    names = ("out", "dq", "dv") if len(arrays) == 3 else ("out", "dq", "dk", "dv")
-    found = {}
-    for name, a, b in zip(names, got, want, strict=True):
-        a, b = (np.asarray(x, np.float64) for x in (a, b))
-        found[name] = float(np.linalg.norm(a - b) / np.linalg.norm(b))
-    return found
-
-
-def times(run: Any, arrays: tuple[jax.Array, ...]) -> dict[str, Any]:
+def times(run: Any, arrays: tuple[jax.Array, ...], *, quick: bool) -> dict[str, Any]:
     """Times of a program, as `kernels.times` gives them."""
-    if not dispatches_to_cpu():
-        return kernels.times(run, *arrays)
+    if not is_rehearsal():
+        return kernels.times(run, *arrays, quick=quick)
     start = time.perf_counter()
     jax.block_until_ready(run(*arrays))
     milliseconds = 1e3 * (time.perf_counter() - start)
     return {"kernels": [], "kernel_ms": milliseconds, "call_ms": milliseconds}
 
 
-def measure(case: Case, run: Mapping[tuple[str, ...], Any]) -> dict[str, Any]:
+def measure(case: Case, run: Programs) -> dict[str, Any]:
     """One row of the record."""
-    row: dict[str, Any] = {"case": case.name, "errors": errors(case, run)}
+    errors = case.errors(run)
     # A NaN is not below the tolerance either.
-    row["passed"] = all(error <= TOLERANCE for error in row["errors"].values())
+    passed = all(error <= TOLERANCE for error in errors.values())
+    row: dict[str, Any] = {"case": case.name, "errors": errors, "passed": passed}
     arrays = case.inputs(case.T, seed=0)
     for name in case.forms():
         row[name] = {
-            which: times(run[name, which], arrays if backward else arrays[:-1])
-            for which, backward in PASSES.items()
+            which: times(
+                run[name, which], arrays if backward else arrays[:-1], quick=name in case.peers
+            )
+            for which, backward in case.passes(name).items()
         }
     return row
 
@@ -196,38 +208,39 @@ def summary(case: Case, row: dict[str, Any]) -> list[str]:
     """What was asked for, what was reached, and what took long."""
     errors = " ".join(f"{k} {v:.1e}" for k, v in row["errors"].items())
     lines = [f"{case.name}: {'right' if row['passed'] else 'WRONG'}, {errors}"]
-    for index, which in enumerate(PASSES):
-        ours, exact = (row[name][which]["kernel_ms"] for name in ("block_sparse", "cudnn_exact"))
-        xla = f", XLA {row['xla'][which]['kernel_ms']:.2f}" if case.xla else ""
-        asked = case.goal[index] and f"{case.goal[index]} ms"
-        asked = asked or (case.times_exact[index] and f"{case.times_exact[index]}x")
-        lines.append(
-            f"  {which}: {ours:.2f} ms (call {row['block_sparse'][which]['call_ms']:.2f}), cuDNN "
-            f"exact {exact:.2f}: {exact / ours:.2f}x{xla}; to reach: {asked}"
-        )
-        lines += [
-            f"    {kernel['ms']:8.3f} {kernel['name']}"
-            for kernel in row["block_sparse"][which]["kernels"]
-        ]
+    for which, goal, times_exact in zip(PASSES, case.goal, case.times_exact, strict=True):
+        ours = row["block_sparse"][which]
+        line = f"  {which}: {ours['kernel_ms']:.2f} ms (call {ours['call_ms']:.2f})"
+        for peer in case.peers:
+            if which in row[peer]:
+                ms = row[peer][which]["kernel_ms"]
+                line += f", {peer} {ms:.2f}: {ms / ours['kernel_ms']:.2f}x"
+        asked = f"{goal} ms" if goal else f"{times_exact}x" if times_exact else "–"
+        lines.append(f"{line}; to reach: {asked}")
+        lines += [f"    {kernel['ms']:8.3f} {kernel['name']}" for kernel in ours["kernels"]]
     return lines
 
 
 HYPER = {"op": "hyper_attention", "N": 32, "H": 64}
 CASES = {
-    "hyper": Case(**HYPER, options={"causal": True}, T=131072, goal=(20, 60)),
-    "hyper_all": Case(**HYPER, options={"causal": False}, T=131072, goal=(5, 15)),
+    "hyper": Case(
+        **HYPER, options={"causal": True}, T=131072, goal=(20, 60), peers=("cudnn_exact", "xla")
+    ),
+    "hyper_all": Case(
+        **HYPER, options={"causal": False, "strict": False}, T=131072, goal=(5, 15), peers=(),
+    ),
+    "hyper_16384": Case(**HYPER, options={"causal": True}, T=16384, times_exact=(1, 1), short=None),
     "cores": Case(
         op="core_context_attention", options={"group_size": 16, "window": 1024}, T=131072, N=16,
-        H=128, times_exact=(8, None), short=8192,
+        H=128, times_exact=(8, None), short=8192, peers=("cudnn_exact", "xla"),
     ),
     "routing": Case(
         op="routing_attention", options={"cluster_size": 256}, T=65536, N=16, H=64,
-        times_exact=(None, 6), short=8192,
+        times_exact=(None, 6), short=8192, peers=("cudnn_exact", "xla"),
     ),
-    "hyper_16384": Case(**HYPER, options={"causal": True}, T=16384, times_exact=(1, 1)),
     "window": Case(
         op="softmax_attention", options={"window": 1024, "sinks": 4}, T=131072, N=16, H=128,
-        short=8192,
+        short=8192, peers=("xla",),
     ),
 }  # fmt: skip
 
@@ -237,14 +250,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, help="JSON file, written anew after every case")
     parser.add_argument("--only", nargs="*", choices=tuple(CASES), default=list(CASES))
-    parser.add_argument("--no-xla", action="store_true", help="do not time the XLA forms")
     parser.add_argument("--rehearse", action="store_true", help="tiny sizes, on a CPU")
     arguments = parser.parse_args()
     cases = {name: CASES[name] for name in arguments.only}
     if arguments.rehearse:
         cases = {name: case.tiny() for name, case in cases.items()}
-    if arguments.no_xla:
-        cases = {name: dataclasses.replace(case, xla=False) for name, case in cases.items()}
     rows: list[dict[str, Any]] = []
     failed: list[str] = []
     start = time.perf_counter()

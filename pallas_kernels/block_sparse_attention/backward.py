@@ -58,14 +58,12 @@ def query_gradients(
         steps = plan.steps(phases, here, here.head, plan.key_block, width)
 
         def copy(first):
-            @pl.loop(0, steps.count)
-            def _(step):
-                tokens = pl.ds(steps.token(step), width)
-                source = here.batch, tokens, lax.div(here.head, group)
-                keys.fill(first + step, k.at[source])
-                values.fill(first + step, v.at[source])
+            def fill(slot, token):
+                source = here.batch, pl.ds(token, width), lax.div(here.head, group)
+                keys.fill(slot, k.at[source])
+                values.fill(slot, v.at[source])
 
-            return first + steps.count
+            return steps.copy(fill, first)
 
         def compute(first, tiles):
             lse, mean = (here.read(numbers, i) for i in (LSE, MEAN))
@@ -138,13 +136,13 @@ def key_gradients(
 
         def copy(first):
             def run(steps, head, first, state):
-                @pl.loop(0, steps.count)
-                def _(step):
-                    tokens, slot = pl.ds(steps.token(step), width), first + step
+                def fill(slot, token):
+                    tokens = pl.ds(token, width)
                     queries.fill(slot, q.at[here.batch, tokens, head])
                     rows.fill(slot, numbers.at[here.batch, head, :, tokens])
                     grads.fill(slot, g.at[here.batch, tokens, head])
 
+                steps.copy(fill, first)
                 return state
 
             return walks(run, first, ())[0]

@@ -3,6 +3,8 @@
 import dataclasses
 from typing import NamedTuple
 
+_STAGES = ("stages", "query_gradient_stages", "key_gradient_stages")
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LaunchConfig:
@@ -38,7 +40,7 @@ class LaunchConfig:
     def __post_init__(self) -> None:
         for name in ("width", "query_gradient_width", "key_gradient_width"):
             _check_choice(self, name, (64, 128))
-        for name in ("stages", "query_gradient_stages", "key_gradient_stages"):
+        for name in _STAGES:
             _check_choice(self, name, (2, 3, 4))
         for name in ("blocks", "key_blocks"):
             _check_choice(self, name, (1, 2, 4, 8, 16))
@@ -63,21 +65,24 @@ class Walks(NamedTuple):
         )
 
 
-def heuristic(*, key_block: int, readers: Walks, keys: Walks) -> LaunchConfig:
-    """The launch parameters for a plan, as measured on an H200 (`benchmarks/h200`).
+def heuristic(*, H: int, key_block: int, readers: Walks, keys: Walks) -> LaunchConfig:
+    """The launch parameters for a plan.
 
     Steps are the widest that divide blocks of keys; those of 128 spill in the gradients' kernels at
-    H = 128. Short lists are worked through several a CTA.
+    H = 128. Measured on an H200 at H = 128 with long lists: of widths, stages and turns, these are
+    the best. More stages for H = 64, whose steps are short against the latency of a copy, and
+    several short lists a CTA were chosen by reasoning.
 
     Args:
+      H: size of heads.
       key_block: size of blocks of keys.
       readers: the lists of blocks of queries.
       keys: those of blocks of keys.
     """
+    wide = 128 if key_block % 128 == 0 else 64
+    narrow = {"query_gradient_width": wide} | dict.fromkeys(_STAGES, 4)
     return LaunchConfig(
-        width=128 if key_block % 128 == 0 else 64,
-        blocks=readers.a_cta,
-        key_blocks=keys.a_cta,
+        width=wide, blocks=readers.a_cta, key_blocks=keys.a_cta, **(narrow if H == 64 else {})
     )
 
 

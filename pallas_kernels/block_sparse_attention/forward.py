@@ -45,14 +45,12 @@ def attend(
         steps = plan.steps(phases, here, here.head, plan.key_block, width)
 
         def copy(first):
-            @pl.loop(0, steps.count)
-            def _(step):
-                tokens = pl.ds(steps.token(step), width)
-                source = here.batch, tokens, lax.div(here.head, group)
-                keys.fill(first + step, k.at[source])
-                values.fill(first + step, v.at[source])
+            def fill(slot, token):
+                source = here.batch, pl.ds(token, width), lax.div(here.head, group)
+                keys.fill(slot, k.at[source])
+                values.fill(slot, v.at[source])
 
-            return first + steps.count
+            return steps.copy(fill, first)
 
         def compute(first, tiles):
             def body(step, slot, state, *, is_partial):

@@ -103,7 +103,7 @@ def _heuristic(q: jax.Array, k: jax.Array, lists: Lists, key_block: int) -> Laun
     m, e = lists.blocks.shape[2:]
     n = lists.start.shape[-1] - 1
     readers, keys = Walks(B * N * m, e), Walks(B * K * n, N // K * m * e / n)
-    return heuristic(key_block=key_block, readers=readers, keys=keys)
+    return heuristic(H=q.shape[3], key_block=key_block, readers=readers, keys=keys)
 
 
 def objection(

@@ -104,6 +104,9 @@ class Plan:
         readers = 2 if block % (2 * TILE) == 0 else 1
         num_blocks = T // (readers * TILE)
         ctas, parts = -(-num_blocks // blocks), block // (readers * TILE)
+        grid = {"batch": B, "head": heads, "block": ctas}
+        if blocks > 1:  # short lists share little, but each head may have a few long ones
+            grid = {"batch": B, "block": ctas, "head": heads}
         scratch: dict[str, Any] = {}
         if takes_turns and readers == 2:
             scratch = {"turn": plgpu.Barrier(num_arrivals=readers)}
@@ -167,7 +170,7 @@ class Plan:
 
         kernel.__name__ = body.__name__  # for profiles
         run = plgpu.kernel(
-            kernel, out_type=out_type, grid=(B, heads, ctas), grid_names=("batch", "head", "block"),
+            kernel, out_type=out_type, grid=tuple(grid.values()), grid_names=tuple(grid),
             num_threads=readers + 1, thread_name="warpgroup",
             scratch_types={
                 "residents": tuple(
@@ -289,6 +292,15 @@ class Steps:
             return None
         entry = self.begin + lax.div(step, self.block // self.width)
         return self.phases.log_weight[*self.at, entry]
+
+    def copy(self, fill: Callable[[Any, Any], None], first: Any) -> Any:
+        """Calls `fill(slot, token)` for every step; gives the slot after the last."""
+
+        @pl.loop(0, self.count)
+        def _(step):
+            fill(first + step, self.token(step))
+
+        return first + self.count
 
     def walk(self, body: Callable[..., Any], state: Any, first: Any = 0) -> Any:
         """The state after `body(step, slot, state, is_partial) -> state` for every step.
