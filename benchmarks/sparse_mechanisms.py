@@ -39,7 +39,7 @@ from lcattn import ops
 TOLERANCE = 2e-2
 PASSES = {"forward": False, "forward_backward": True}
 Form = Callable[..., jax.Array]
-Programs = Mapping[tuple[str, ...], Any]
+Programs = Mapping[tuple[str, str], Any]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -91,7 +91,7 @@ class Case:
         if self.op == "hyper_attention":
             return functools.partial(call, rng=jax.random.key(1))
         if self.op == "routing_attention":
-            return functools.partial(_routed, call)
+            return functools.partial(_routed, call, self.options["cluster_size"])
         return call
 
     def exact(self, q: jax.Array, *rest: jax.Array) -> jax.Array:
@@ -144,9 +144,9 @@ def is_rehearsal() -> bool:
     return jax.default_backend() == "cpu"
 
 
-def _routed(call: Form, q: jax.Array, v: jax.Array) -> jax.Array:
+def _routed(call: Form, size: int, q: jax.Array, v: jax.Array) -> jax.Array:
     """With as many random centroids as make clusters of the size of lists."""
-    count = max(q.shape[1] // call.keywords["cluster_size"], 1)
+    count = max(q.shape[1] // size, 1)
     centroids = jax.random.normal(jax.random.key(2), (q.shape[2], count, q.shape[3]))
     return call(q, v, centroids)
 
@@ -159,10 +159,10 @@ def compiled(form: Form, arrays: tuple[jax.Array, ...], *, backward: bool):
     return jax.jit(form).lower(*shapes[:-1]).compile()
 
 
-def programs(case: Case) -> dict[tuple[str, ...], Callable[[], Any]]:
+def programs(case: Case) -> dict[tuple[str, str], Callable[..., Any]]:
     """How to compile everything that a case runs."""
     arrays = jax.eval_shape(lambda: case.inputs(case.T, 0))
-    work = {
+    work: dict[tuple[str, str], Callable[..., Any]] = {
         (name, which): functools.partial(compiled, form, arrays, backward=backward)
         for name, form in case.forms().items()
         for which, backward in case.passes(name).items()

@@ -80,9 +80,16 @@ def heuristic(*, H: int, key_block: int, readers: Walks, keys: Walks) -> LaunchC
       keys: those of blocks of keys.
     """
     wide = 128 if key_block % 128 == 0 else 64
-    narrow = {"query_gradient_width": wide} | dict.fromkeys(_STAGES, 4)
+    narrow = H == 64
+    stages = 4 if narrow else 2
     return LaunchConfig(
-        width=wide, blocks=readers.a_cta, key_blocks=keys.a_cta, **(narrow if H == 64 else {})
+        blocks=readers.a_cta,
+        key_blocks=keys.a_cta,
+        width=wide,
+        stages=stages,
+        query_gradient_width=wide if narrow else 64,
+        query_gradient_stages=stages,
+        key_gradient_stages=stages,
     )
 
 

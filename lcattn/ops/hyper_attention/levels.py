@@ -4,6 +4,8 @@ As `lcattn.ops.merging.merge`, whose results these are. But outputs of levels ar
 are added up, and gradients for them, of all levels at once, from those of the merged output.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -43,10 +45,11 @@ def _forward(levels, exact, place, readers):
         lses.append(exact[1])
     total = jax.nn.logsumexp(jnp.stack(lses), axis=0)
     shares = [_share(x, total)[..., None] for x in lses]
-    merged = sum(share * take(out, x) for share, x in zip(shares, places, strict=False))
+    outs = [take(out, x) for x in places]
     if exact is not None:
-        merged += shares[-1] * exact[0]
-    merged = merged.astype(out.dtype)
+        outs.append(exact[0])
+    parts = (share * x for share, x in zip(shares, outs, strict=True))
+    merged = functools.reduce(jnp.add, parts).astype(out.dtype)
     return (merged, total), (levels, exact, place, readers, merged, total)
 
 
@@ -64,9 +67,9 @@ def _backward(residuals, gradients):
         return d_out, along - share * inner
 
     token = jnp.where(readers < place.shape[2] * T, readers % T, T)
-    of_token = [take(x[..., None], token)[..., 0] for x in (inner, total)]
-    of_token[1] = jnp.where(jnp.swapaxes(token, 1, 2) < T, of_token[1], jnp.inf)
-    d_levels = of_part(take(g, token), *of_token, out, lse)
+    own_inner, own_total = (take(x[..., None], token)[..., 0] for x in (inner, total))
+    own_total = jnp.where(jnp.swapaxes(token, 1, 2) < T, own_total, jnp.inf)
+    d_levels = of_part(take(g, token), own_inner, own_total, out, lse)
     d_exact = None if exact is None else of_part(g, inner, total, *exact)
     return d_levels, d_exact, None, None
 
