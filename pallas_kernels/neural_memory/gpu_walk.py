@@ -1,0 +1,258 @@
+r"""The walk over chunks that trains the memory: one cluster a memory, 64 hidden units a CTA."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.neural_memory.gpu_plan import LAYER, SLICE, Exchange, Plan, load, shared
+from pallas_kernels.tiles import ALONG_ROWS, TILE, WGMMA, over_columns, zeros
+
+
+class Memories(NamedTuple):
+    """What every chunk starts from, in bfloat16: network and momentum, and the writes of the chunk.
+
+    Attributes:
+      first: W_1, S_1 and E_1 one upon another, `[B,M,n,64+64+64,F]`.
+      second: W_2, S_2 and E_2, `[B,M,n,F+F+64,64]`.
+      hidden: the inputs X_2 of the second layer, `[B,M,n,64,F]`.
+    """
+
+    first: jax.Array
+    second: jax.Array
+    hidden: jax.Array
+
+
+def walk(
+    plan: Plan, k: jax.Array, v: jax.Array, shares: jax.Array, start: tuple[jax.Array, ...]
+) -> tuple[Memories, tuple[jax.Array, ...]]:
+    """The memories of all chunks, and the last.
+
+    Args:
+      plan: options.
+      k: keys `[B,T,M,64]`.
+      v: values `[B,T,M,64]`.
+      shares: what a chunk's last token holds, `[B,M,n,5,64]`: of the gradient of every token, in
+        the network and in momentum; and of what came in, of network in network, momentum in network
+        and momentum in momentum, each repeated.
+      start: `[B,M,64,F]` and `[B,M,F,64]`.
+
+    Returns:
+      Memories, and the final W_1, S_1, W_2 and S_2 in float32.
+    """
+    (B, T, M, _), F = k.shape, start[0].shape[-1]
+    chunks, slices = T // TILE, F // TILE
+    exchange = Exchange(slices, jnp.float32)
+    products = plan.products
+
+    def neural_memory_walk(
+        k, v, shares, w1, w2, first, second, hidden, w1_end, s1_end, w2_end, s2_end, through,
+        *, layers, x2, e2, pulled, tokens, gates, arrivals, mailbox, ready,
+    ):  # fmt: skip
+        batch, memory, own = (lax.axis_index(axis) for axis in ("batch", "memory", SLICE))
+        here = batch, memory
+        units = pl.ds(own * TILE, TILE)
+        ready = Ready(*ready)
+
+        def rows(part):
+            return pl.ds(part * TILE, TILE)
+
+        def fetch(layer, array):
+            """A function that starts the copies of a chunk."""
+
+            def run(i, slot):
+                barrier = arrivals[layer].at[slot]
+                plgpu.copy_gmem_to_smem(
+                    array.at[batch, rows(i), memory], tokens[layer].at[slot], barrier
+                )
+                plgpu.copy_gmem_to_smem(shares.at[(*here, i)], gates[layer].at[slot], barrier)
+
+            return run
+
+        def sweep(layer, array, step, state):
+            """Walks the chunks with one layer's state."""
+            prefetch = fetch(layer, array)
+            prefetch(0, 0)
+
+            def body(i, state):
+                slot = lax.rem(i, 2)
+                plgpu.barrier_wait(arrivals[layer].at[slot])
+                pl.when(i + 1 < chunks)(lambda: prefetch(i + 1, 1 - slot))
+                return step(i, tokens[layer].at[slot], Shares.read(gates[layer].at[slot]), state)
+
+            return lax.fori_loop(0, chunks, body, state)
+
+        def put(tiles, state):
+            for tile, numbers in zip((tiles.weights, tiles.momentum), state, strict=True):
+                tile[...] = numbers.astype(tile.dtype)
+            plgpu.commit_smem()
+
+        @pl.when(lax.axis_index(LAYER) == 0)
+        def _():
+            tiles, second_weights = Layer(*layers[0]), Layer(*layers[1]).weights
+
+            def step(i, k, shares, state):
+                at = *here, i
+                send(
+                    (tiles.weights, first.at[(*at, rows(0), units)]),
+                    (tiles.momentum, first.at[(*at, rows(1), units)]),
+                )
+                x, slope, _ = plan.activate(products.product(k, tiles.weights))
+                pl.when(i > 0)(lambda: plgpu.barrier_wait(ready.stepped))
+                plgpu.wait_smem_to_gmem(1, wait_read_only=True)
+                x2[...] = x.astype(x2.dtype)
+                plgpu.commit_smem()
+                plgpu.barrier_arrive(ready.inputs)
+                state = shares.decay(*state)
+                plgpu.barrier_wait(ready.errors)
+                error = slope * products.product(e2, second_weights.transpose((1, 0)))
+                plgpu.barrier_arrive(ready.pulled)
+                pulled[...] = error.astype(pulled.dtype)
+                shares.scale(error, tiles)
+                plgpu.commit_smem()
+                send(
+                    (x2, hidden.at[(*at, slice(None), units)]),
+                    (pulled, first.at[(*at, rows(2), units)]),
+                )
+                state = write(products, state, k, tiles)
+                plgpu.wait_smem_to_gmem(1, wait_read_only=True)
+                put(tiles, state)
+                return state
+
+            start = plgpu.load(
+                w1.at[(*here, slice(None), units)], layout=WGMMA, optimized=False
+            ), zeros(TILE)
+            put(tiles, start)
+            ends = sweep(0, k, step, start)
+            for target, numbers in zip((w1_end, s1_end), ends, strict=True):
+                target[(*here, slice(None), units)] = numbers
+            plgpu.barrier_wait(ready.stepped)
+            plgpu.wait_smem_to_gmem(0)
+
+        @pl.when(lax.axis_index(LAYER) == 1)
+        def _():
+            tiles = Layer(*layers[1])
+
+            def step(i, v, shares, state):
+                at = *here, i
+                send(
+                    (tiles.weights, second.at[(*at, rows(own))]),
+                    (tiles.momentum, second.at[(*at, rows(slices + own))]),
+                )
+                state = shares.decay(*state)
+                plgpu.barrier_wait(ready.inputs)
+                part = products.product(x2, tiles.weights)
+                total = exchange.sum(
+                    part, lax.rem(i, 2), mailbox, None if through is None else through.at[here]
+                )  # fmt: skip
+                error = 2 * (total - load(v))
+                plgpu.wait_smem_to_gmem(1, wait_read_only=True)
+                e2[...] = error.astype(e2.dtype)
+                plgpu.commit_smem()
+                plgpu.barrier_arrive(ready.errors)
+                send((e2, second.at[(*at, rows(2 * slices))]))
+                shares.scale(error, tiles)
+                plgpu.commit_smem()
+                state = write(products, state, x2, tiles)
+                plgpu.wait_smem_to_gmem(1, wait_read_only=True)
+                plgpu.barrier_wait(ready.pulled)
+                put(tiles, state)
+                plgpu.barrier_arrive(ready.stepped)
+                return state
+
+            start = plgpu.load(w2.at[(*here, units)], layout=WGMMA, optimized=False), zeros(TILE)
+            put(tiles, start)
+            ends = sweep(1, v, step, start)
+            for target, numbers in zip((w2_end, s2_end), ends, strict=True):
+                target[(*here, units)] = numbers
+            plgpu.wait_smem_to_gmem(0)
+
+    kept = Memories(
+        *(
+            jax.ShapeDtypeStruct((B, M, chunks, *shape), jnp.bfloat16)
+            for shape in ((3 * TILE, F), (2 * F + TILE, TILE), (TILE, F))
+        )
+    )
+    ends = tuple(jax.ShapeDtypeStruct(x.shape, jnp.float32) for x in start for _ in range(2))
+    *outs, _ = plan.launch(
+        neural_memory_walk, k, v, shares, *start, grid={"batch": B, "memory": M}, slices=slices,
+        out_type=(*kept, *ends, exchange.through(B, M)),
+        scratch={
+            "layers": (tuple(shared() for _ in Layer._fields),) * 2,
+            "x2": shared(), "e2": shared(), "pulled": shared(),
+            "tokens": (plgpu.SMEM((2, TILE, TILE), jnp.bfloat16),) * 2,
+            "gates": (plgpu.SMEM((2, 5, TILE), jnp.float32),) * 2,
+            "arrivals": (plgpu.Barrier(num_arrivals=2, num_barriers=2),) * 2,
+            "ready": tuple(plgpu.Barrier() for _ in Ready._fields),
+            "mailbox": exchange.scratch(),
+        },
+    )  # fmt: skip
+    return Memories(*outs[:3]), tuple(outs[3:])
+
+
+class Layer(NamedTuple):
+    """Operands of a layer in shared memory: network, momentum, and errors times what is left."""
+
+    weights: Any
+    momentum: Any
+    written: Any
+    pending: Any
+
+
+class Ready(NamedTuple):
+    """At which the warpgroup of one layer tells that of the other what is ready.
+
+    Attributes:
+      inputs: of the second layer.
+      errors: of the second layer.
+      pulled: through the weights of the second layer, which may now change.
+      stepped: the second layer, which no longer needs its inputs.
+    """
+
+    inputs: Any
+    errors: Any
+    pulled: Any
+    stepped: Any
+
+
+class Shares(NamedTuple):
+    """What the last token of a chunk holds, `[64]`; see `walk`."""
+
+    written: jax.Array
+    pending: jax.Array
+    kept: jax.Array
+    carried: jax.Array
+    left: jax.Array
+
+    @classmethod
+    def read(cls, gates) -> "Shares":
+        """From shared memory."""
+        return cls(*(plgpu.load(gates.at[row], layout=ALONG_ROWS) for row in range(5)))
+
+    def decay(self, weights: jax.Array, momentum: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """A state after the chunk, but for what the chunk writes."""
+        kept, carried, left = (over_columns(x) for x in (self.kept, self.carried, self.left))
+        return kept * weights + carried * momentum, left * momentum
+
+    def scale(self, error: jax.Array, tiles: Layer) -> None:
+        """What the last token holds of each error, as an operand, with the sign of a step down."""
+        for share, tile in ((self.written, tiles.written), (self.pending, tiles.pending)):
+            tile[...] = (over_columns(-share) * error).astype(tile.dtype)
+
+
+def write(products, state, inputs, tiles: Layer) -> tuple[jax.Array, jax.Array]:
+    """Adds a chunk's outer products to network and momentum."""
+    weights, momentum = state
+    inputs = inputs.transpose((1, 0))
+    return products.accumulate_both(
+        (weights, inputs, tiles.written), (momentum, inputs, tiles.pending)
+    )
+
+
+def send(*copies: tuple[Any, Any]) -> None:
+    """Starts copies from shared to global memory, as one group."""
+    for n, (source, target) in enumerate(copies, 1):
+        plgpu.copy_smem_to_gmem(source, target, commit_group=n == len(copies))

@@ -1,0 +1,153 @@
+r"""Titans' neural memory for Hopper GPUs: the walk over chunks."""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.neural_memory.gpu_plan import Plan
+from pallas_kernels.neural_memory.gpu_pull import Pulled, pull
+from pallas_kernels.neural_memory.gpu_walk import Memories, walk
+from pallas_kernels.tiles import TILE
+
+MOST_HIDDEN = 256
+"""Hidden units that clusters of four CTAs hold."""
+
+
+def neural_memory(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    coefficients: Any,
+    weights: tuple[jax.Array, jax.Array],
+    *,
+    activation: str,
+    interpret: bool = False,
+) -> tuple[jax.Array, tuple[jax.Array, ...], tuple[jax.Array, ...]]:
+    """Answers of a memory that is trained on the way; differentiable in every array.
+
+    Args:
+      q: queries `[B,T,M,G,64]`, bfloat16; T is a multiple of 64.
+      k: keys `[B,T,M,64]`.
+      v: values `[B,T,M,64]`.
+      coefficients: what each token of a chunk of 64 sees, and what the chunk leaves behind, as
+        `lcattn.ops.neural_memory.coefficients` says: `kept` and `carried` `[B,M,n,64]`, `written`
+        `[B,M,n,64,64]`, `momentum` `[B,M,n]` and `pending` `[B,M,n,64]`.
+      weights: the network before the first chunk, `[B,M,64,F]` and `[B,M,F,64]` in float32.
+      activation: by name, "gelu" in its tanh form.
+      interpret: whether to run in the CPU simulator.
+
+    Returns:
+      `[B,T,M,G,64]` in the dtype of q, and the network and its momentum after the last chunk.
+
+    Raises:
+      ValueError: saying why these kernels do not serve the call.
+    """
+    sizes = (q.shape[-1], *(x.shape[-1] for x in weights))
+    reason = objection(dtype=q.dtype, length=q.shape[1], chunk=TILE, sizes=sizes)
+    if reason is not None:
+        raise ValueError(f"neural_memory: the mosaic_gpu kernels {reason}")
+    written, plan = coefficients.written, Plan(activation, interpret)
+    decays = coefficients.kept[..., -1], coefficients.carried[..., -1], coefficients.momentum
+    memories, ends = _train(
+        plan, k, v, written[..., -1, :], coefficients.pending, jnp.stack(decays, axis=-1), *weights
+    )
+    out = _read(plan, q, k, memories, coefficients)
+    return out, ends[::2], ends[1::2]
+
+
+def objection(*, dtype, length: int, chunk: int, sizes: Sequence[int]) -> str | None:
+    """Why the kernels do not serve a call, in words, or None."""
+    if dtype != jnp.bfloat16:
+        return f"take bfloat16, not {jnp.dtype(dtype).name}"
+    if chunk != TILE or length < TILE:
+        return f"take chunks of {TILE} tokens and a whole one at least, not {chunk} of {length}"
+    hidden = range(TILE, MOST_HIDDEN + 1, TILE)
+    if len(sizes) != 3 or sizes[0] != TILE or sizes[2] != TILE or sizes[1] not in hidden:
+        return (
+            f"take layers of sizes {TILE} -> F -> {TILE}, F a multiple of {TILE} up to"
+            f" {MOST_HIDDEN}, not {' -> '.join(map(str, sizes))}"
+        )
+    return None
+
+
+def _read(plan: Plan, q: jax.Array, k: jax.Array, memories: Memories, coefficients) -> jax.Array:
+    """Every query through the weights at its own token, every chunk by itself."""
+    B, T, M, G, _ = q.shape
+    queries = q.reshape(B, -1, TILE, M, G, TILE).transpose(0, 3, 1, 4, 2, 5)
+    keys = k.reshape(B, -1, TILE, M, TILE).transpose(0, 3, 1, 2, 4)
+    activate = plan.activate
+    kept, carried = (x[:, :, :, None, :, None] for x in (coefficients.kept, coefficients.carried))
+    written = coefficients.written[:, :, :, None]
+    dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+
+    def layer(x, inputs, memory):
+        scores = written * dot("...gtf,...sf->...gts", x, inputs)
+        x = jnp.concatenate([(y).astype(q.dtype) for y in (kept * x, carried * x, -scores)], -1)
+        return dot("...gtf,...fh->...gth", x, memory)
+
+    hidden = activate(layer(queries, keys, memories.first))[0].astype(q.dtype)
+    out = layer(hidden, memories.hidden, memories.second)
+    return out.transpose(0, 2, 4, 1, 3, 5).reshape(q.shape).astype(q.dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _train(plan: Plan, k, v, written, pending, decays, w1, w2):
+    return _train_forward(plan, k, v, written, pending, decays, w1, w2)[0]
+
+
+def _train_forward(plan, k, v, written, pending, decays, w1, w2):
+    decays = jnp.broadcast_to(decays[..., None], (*decays.shape, TILE))
+    shares = jnp.concatenate([written[..., None, :], pending[..., None, :], decays], axis=-2)
+    memories, ends = walk(plan, k, v, shares, (w1, w2))
+    return (memories, ends), (k, shares, memories)
+
+
+def _train_backward(plan, residuals, cotangents):
+    k, shares, memories = residuals
+    pulled, (d_w1, _, d_w2, _) = pull(plan, k, shares, memories, *cotangents)
+    return *_token_gradients(k, shares, memories, pulled), d_w1, d_w2
+
+
+_train.defvjp(_train_forward, _train_backward)
+
+
+def _token_gradients(k: jax.Array, shares: jax.Array, memories: Memories, pulled: Pulled):
+    """Gradients of k, v and what shares are made of, every chunk by itself."""
+    (B, T, M, _), F = k.shape, memories.first.shape[-1]
+    keys = k.reshape(B, -1, TILE, M, TILE).transpose(0, 3, 1, 2, 4)
+
+    def split(x, size):
+        return x[..., :size, :], x[..., size : 2 * size, :], x[..., 2 * size :, :]
+
+    w1, s1, e1 = split(memories.first, TILE)
+    w2, s2, e2 = split(memories.second, F)
+    a1, b1, _ = split(pulled.first, TILE)
+    a2, b2, _ = split(pulled.second, F)
+    dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+    read = {
+        name: (dot("...tf,...hf->...th", e1, a), dot("...tf,...fh->...th", memories.hidden, b))
+        for name, a, b in (("written", a1, a2), ("pending", b1, b2))
+    }
+    d_written, d_pending = (
+        -jnp.sum(keys * first, axis=-1) - jnp.sum(e2 * second, axis=-1)
+        for first, second in read.values()
+    )
+    d_keys = dot("...tf,...hf->...th", pulled.hidden, w1)
+    for row, (first, _) in enumerate(read.values()):
+        d_keys -= shares[..., row, :, None] * first
+
+    def inner(a, b):
+        return jnp.sum(a.astype(jnp.float32) * b.astype(jnp.float32), axis=(-2, -1))
+
+    d_decays = jnp.stack(
+        [inner(a1, w1) + inner(a2, w2), inner(a1, s1) + inner(a2, s2), inner(b1, s1) + inner(b2, s2)],
+        axis=-1,
+    )
+
+    def tokens(x):
+        return x.transpose(0, 2, 3, 1, 4).reshape(B, T, M, TILE).astype(k.dtype)
+
+    return tokens(d_keys), tokens(-pulled.outputs), d_written, d_pending, d_decays
