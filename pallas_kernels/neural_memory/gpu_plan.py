@@ -27,10 +27,12 @@ class Plan:
     Attributes:
       activation: σ by its name.
       interpret: whether to run in the CPU simulator.
+      stages: slices in flight where a CTA takes one after the other.
     """
 
     activation: str
     interpret: bool = False
+    stages: int = 2
 
     @property
     def activate(self) -> Callable[[jax.Array], Derivatives]:
@@ -43,22 +45,28 @@ class Plan:
         return Products(self.interpret)
 
     def launch(
-        self, body, *arrays, grid: dict[str, int], slices: int, out_type, scratch: dict[str, Any]
-    ):
+        self, body, *arrays, grid: dict[str, int], out_type, scratch: dict[str, Any],
+        slices: int | None = None,
+    ):  # fmt: skip
         """Runs a kernel.
 
         Args:
           body: the kernel.
           *arrays: its inputs.
           grid: sizes of the grid's axes; the last runs fastest.
-          slices: CTAs of a cluster.
           out_type: shapes of its outputs.
           scratch: its scratch, by argument.
+          slices: CTAs of a cluster of a walk, which have a warpgroup a layer. None: no walk.
         """
+        walk = {}
+        if slices is not None:
+            walk = {
+                "cluster": (slices,), "cluster_names": (SLICE,),
+                "num_threads": 2, "thread_name": LAYER,
+            }  # fmt: skip
         return plgpu.kernel(
             body, out_type=out_type, scratch_types=scratch, grid=tuple(grid.values()),
-            grid_names=tuple(grid), cluster=(slices,), cluster_names=(SLICE,),
-            num_threads=2, thread_name=LAYER,
+            grid_names=tuple(grid), **walk,
             compiler_params=plgpu.CompilerParams(approx_math=True),
             interpret=plgpu.InterpretGPUParams() if self.interpret else None,
         )(*arrays)  # fmt: skip

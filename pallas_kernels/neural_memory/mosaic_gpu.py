@@ -9,6 +9,8 @@ import jax.numpy as jnp
 
 from pallas_kernels.neural_memory.gpu_plan import Plan
 from pallas_kernels.neural_memory.gpu_pull import Pulled, pull
+from pallas_kernels.neural_memory.gpu_read import Views, read
+from pallas_kernels.neural_memory.gpu_read_pull import read_pull
 from pallas_kernels.neural_memory.gpu_walk import Memories, walk
 from pallas_kernels.tiles import TILE
 
@@ -54,7 +56,8 @@ def neural_memory(
     memories, ends = _train(
         plan, k, v, written[..., -1, :], coefficients.pending, jnp.stack(decays, axis=-1), *weights
     )
-    out = _read(plan, q, k, memories, coefficients)
+    views = Views(coefficients.kept, coefficients.carried, written)
+    out = _read(plan, q.reshape(*q.shape[:2], -1, TILE), k, memories, views).reshape(q.shape)
     return out, ends[::2], ends[1::2]
 
 
@@ -73,24 +76,37 @@ def objection(*, dtype, length: int, chunk: int, sizes: Sequence[int]) -> str | 
     return None
 
 
-def _read(plan: Plan, q: jax.Array, k: jax.Array, memories: Memories, coefficients) -> jax.Array:
-    """Every query through the weights at its own token, every chunk by itself."""
-    B, T, M, G, _ = q.shape
-    queries = q.reshape(B, -1, TILE, M, G, TILE).transpose(0, 3, 1, 4, 2, 5)
-    keys = k.reshape(B, -1, TILE, M, TILE).transpose(0, 3, 1, 2, 4)
-    activate = plan.activate
-    kept, carried = (x[:, :, :, None, :, None] for x in (coefficients.kept, coefficients.carried))
-    written = coefficients.written[:, :, :, None]
-    dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _read(plan: Plan, q, k, memories: Memories, views: Views):
+    return read(plan, q, k, memories, views, keep=False)[0]
 
-    def layer(x, inputs, memory):
-        scores = written * dot("...gtf,...sf->...gts", x, inputs)
-        x = jnp.concatenate([(y).astype(q.dtype) for y in (kept * x, carried * x, -scores)], -1)
-        return dot("...gtf,...fh->...gth", x, memory)
 
-    hidden = activate(layer(queries, keys, memories.first))[0].astype(q.dtype)
-    out = layer(hidden, memories.hidden, memories.second)
-    return out.transpose(0, 2, 4, 1, 3, 5).reshape(q.shape).astype(q.dtype)
+def _read_forward(plan, q, k, memories, views):
+    out, *parts = read(plan, q, k, memories, views, keep=True)
+    return out, (q, k, memories, views, parts)
+
+
+def _read_backward(plan, residuals, d_out):
+    q, k, memories, views, parts = residuals
+    d_q, d_k, d_memories, d_views = read_pull(plan, q, k, memories, views, d_out)
+    (B, T, N, _), M = q.shape, k.shape[2]
+    d_kept, d_carried = (
+        jnp.sum(d_out.astype(jnp.float32) * part, axis=-1).swapaxes(1, 2).reshape(B, N, -1, TILE)
+        for part in parts
+    )
+    d_views = d_views._replace(kept=d_views.kept + d_kept, carried=d_views.carried + d_carried)
+
+    def per_memory(x, axis=1):
+        """Sums over the query heads that read one memory."""
+        if N == M:
+            return x
+        x = x.reshape(*x.shape[:axis], M, N // M, *x.shape[axis + 1 :])
+        return x.astype(jnp.float32).sum(axis=axis + 1).astype(x.dtype)
+
+    return d_q, per_memory(d_k, 2), *jax.tree.map(per_memory, (d_memories, d_views))
+
+
+_read.defvjp(_read_forward, _read_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
