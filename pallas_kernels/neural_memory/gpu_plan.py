@@ -72,9 +72,36 @@ class Plan:
         )(*arrays)  # fmt: skip
 
 
-def shared(columns: int = TILE):
-    """Shared memory of a bfloat16 tile."""
-    return plgpu.SMEM((TILE, columns), jnp.bfloat16)
+def by_halves(function: Callable[[jax.Array], Derivatives], x: jax.Array) -> Derivatives:
+    """An element-wise function of a tile with its derivatives, in bfloat16.
+
+    Half the columns after the other: arithmetic runs through whole tiles, one operation after the
+    other, and its intermediate tiles do not fit the registers.
+    """
+    halves = []
+    for start in (0, TILE // 2):
+        half = tuple(y.astype(jnp.bfloat16) for y in function(x[:, start : start + TILE // 2]))
+        *half, x = lax.optimization_barrier((*half, x))
+        halves.append(half)
+    return tuple(jnp.concatenate(parts, axis=1) for parts in zip(*halves, strict=True))
+
+
+def shared(rows: int = TILE, columns: int = TILE):
+    """Shared memory of a bfloat16 tile, which `anew` makes a tile."""
+    return plgpu.SMEM((1, rows, columns), jnp.bfloat16)
+
+
+def anew(tiles, index):
+    """Tiles, found anew.
+
+    Descriptors of tiles that are found before a loop stay in registers through it, a dozen a tile.
+
+    Args:
+      tiles: a tree of scratch made by `shared`.
+      index: of the loop.
+    """
+    zero = lax.optimization_barrier(index - index)
+    return jax.tree.map(lambda tile: tile.at[zero], tiles)
 
 
 def load(tile) -> jax.Array:

@@ -23,8 +23,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.neural_memory.gpu_plan import LAYER, SLICE, Exchange, Plan, load, shared
-from pallas_kernels.neural_memory.gpu_walk import Memories, Shares, send
+from pallas_kernels.neural_memory.gpu_plan import LAYER, SLICE, Exchange, Plan, anew, by_halves, load, shared
+from pallas_kernels.neural_memory.gpu_walk import Memories, Shares, send, send_first
 from pallas_kernels.tiles import TILE, WGMMA, over_columns
 
 
@@ -72,198 +72,169 @@ def pull(
 
     def neural_memory_pull(
         k, shares, memories, d_memories, d_ends, out, d_starts, through,
-        *, own_first, own_second, both, gates, states, square, mailbox, ready,
+        *, tiles, pairs, gates, arrivals, ready, mailbox,
     ):  # fmt: skip
         batch, memory, own = (lax.axis_index(axis) for axis in ("batch", "memory", SLICE))
         here = batch, memory
         units = pl.ds(own * TILE, TILE)
         memories, d_memories, out = Memories(*memories), Memories(*d_memories), Pulled(*out)
-        ready, both = Ready(*ready), Both(*both)
-        a1, b1, a2, b2 = states
 
         def rows(part):
             return pl.ds(part * TILE, TILE)
+
+        def of_first(array, c, part):
+            """A tile of 64 rows of the first layer's array."""
+            return array.first.at[(*here, c, rows(part), units)]
+
+        def of_second(array, c, part):
+            """A tile of the second layer's array."""
+            return array.second.at[(*here, c, rows(part))]
+
+        def of_hidden(array, c):
+            return array.hidden.at[(*here, c, slice(None), units)]
 
         def fetch(barrier, *copies):
             for source, target in copies:
                 plgpu.copy_gmem_to_smem(source, target, barrier)
 
-        def put(tiles, state):
-            for tile, numbers in zip(tiles, state, strict=True):
-                tile[...] = numbers.astype(tile.dtype)
+        def put(targets, state):
+            for target, numbers in zip(targets, state, strict=True):
+                target[...] = numbers.astype(target.dtype)
             plgpu.commit_smem()
 
-        def decay(shares, state, d_weights, d_momentum):
-            """Gradients before the chunk, but for what its writes pull back."""
-            a, b = state
-            kept, carried, left = (
-                over_columns(x) for x in (shares.kept, shares.carried, shares.left)
-            )
-            return kept * a + load(d_weights), carried * a + left * b + load(d_momentum)
-
-        def both_shares(shares, written, pending):
+        def weigh(shares, written, pending):
             return over_columns(shares.written) * written + over_columns(shares.pending) * pending
+
+        def sweep(layer, place, states, begin, step):
+            """Walks the chunks in reverse with the gradient of one layer's state."""
+            ends, starts = (x[2 * layer : 2 * layer + 2] for x in (d_ends, d_starts))
+            begin()
+            state = tuple(plgpu.load(x.at[place], layout=WGMMA, optimized=False) for x in ends)
+            put(states, state)
+            if layer:
+                plgpu.barrier_arrive(ready.stepped)
+            state = lax.fori_loop(0, chunks, step, state)
+            for target, numbers in zip(starts, state, strict=True):
+                target[place] = numbers
+            if not layer:
+                plgpu.barrier_wait(ready.stepped)
+            plgpu.wait_smem_to_gmem(0)
 
         @pl.when(lax.axis_index(LAYER) == 0)
         def _():
-            tiles = First(*own_first)
-
             def prefetch_keys(c, slot):
                 fetch(
-                    tiles.keys_here.at[slot],
-                    (k.at[batch, rows(c), memory], tiles.keys.at[slot]),
+                    arrivals.keys.at[slot],
+                    (k.at[batch, rows(c), memory], pairs.keys.at[slot]),
                     (shares.at[(*here, c)], gates[0].at[slot]),
                 )
 
-            def prefetch(c):
-                at = *here, c
+            def prefetch(c, own):
                 fetch(
-                    tiles.here,
-                    (memories.first.at[(*at, rows(0), units)], tiles.weights),
-                    (d_memories.first.at[(*at, rows(0), units)], tiles.d_weights),
-                    (d_memories.first.at[(*at, rows(1), units)], tiles.d_momentum),
-                    (d_memories.first.at[(*at, rows(2), units)], tiles.d_errors),
-                )
+                    arrivals.first,
+                    (of_first(memories, c, 0), own.w1), (of_first(d_memories, c, 0), own.d_w1),
+                    (of_first(d_memories, c, 1), own.d_s1), (of_first(d_memories, c, 2), own.d_e1),
+                )  # fmt: skip
+
+            def begin():
+                prefetch_keys(chunks - 1, 0)
+                prefetch(chunks - 1, anew(tiles, own))
 
             def step(i, state):
-                c, slot = chunks - 1 - i, lax.rem(i, 2)
-                at = *here, c
-                keys = tiles.keys.at[slot]
-                w2, e2 = both.weights.at[slot], both.errors.at[slot]
-                send(
-                    (a1, out.first.at[(*at, rows(0), units)]),
-                    (b1, out.first.at[(*at, rows(1), units)]),
-                )
+                c, slot, tile = chunks - 1 - i, lax.rem(i, 2), anew(tiles, i)
+                keys, w2, e2 = (x.at[slot] for x in (pairs.keys, pairs.w2, pairs.e2))
+                send((tile.a1, of_first(out, c, 0)), (tile.b1, of_first(out, c, 1)))
                 plgpu.wait_smem_to_gmem(1, wait_read_only=True)  # gradients of Z_1 have left
-                fetch(
-                    tiles.square_here,
-                    (d_memories.hidden.at[(*at, slice(None), units)], square[0]),
-                )
-                plgpu.barrier_wait(tiles.keys_here.at[slot])
+                fetch(arrivals.hidden, (of_hidden(d_memories, c), tile.hidden))
+                plgpu.barrier_wait(arrivals.keys.at[slot])
                 pl.when(i + 1 < chunks)(lambda: prefetch_keys(c - 1, 1 - slot))
-                gates_here = Shares.read(gates[0].at[slot])
-                plgpu.barrier_wait(tiles.here)
-                plgpu.barrier_wait(both.here.at[slot])
-                slope, bend = slope_and_bend(plan, products.product(keys, tiles.weights))
+                share = Shares.read(gates[0].at[slot])
+                plgpu.barrier_wait(arrivals.first)
+                plgpu.barrier_wait(arrivals.both.at[slot])
+                _, slope, bend = by_halves(plan.activate, products.product(keys, tile.w1))
                 bend = bend.astype(jnp.float32) * products.product(e2, w2.transpose((1, 0)))
-                d_error = load(tiles.d_errors) - both_shares(
-                    gates_here, *products.products((keys, a1), (keys, b1))
+                d_error = load(tile.d_e1) - weigh(
+                    share, *products.products((keys, tile.a1), (keys, tile.b1))
                 )
                 plgpu.barrier_wait(ready.stepped)
-                both.pulled[...] = (d_error * slope.astype(jnp.float32)).astype(both.pulled.dtype)
-                bend = lax.optimization_barrier((bend * d_error).astype(jnp.bfloat16))
-                plgpu.commit_smem()
+                put([tile.pulled], [d_error * slope.astype(jnp.float32)])
                 plgpu.barrier_arrive(ready.pulled)
-                state = decay(gates_here, state, tiles.d_weights, tiles.d_momentum)
-                pl.when(i + 1 < chunks)(lambda: prefetch(c - 1))
-                plgpu.barrier_wait(tiles.square_here)
-                d_inputs = load(square[0]) - both_shares(
-                    gates_here,
-                    *products.products((e2, a2.transpose((1, 0))), (e2, b2.transpose((1, 0)))),
+                bend = lax.optimization_barrier((bend * d_error).astype(jnp.bfloat16))
+                d_weights, d_momentum = share.pull(state, load(tile.d_w1), load(tile.d_s1))
+                pl.when(i + 1 < chunks)(lambda: prefetch(c - 1, tile))
+                plgpu.barrier_wait(arrivals.hidden)
+                d_inputs = load(tile.hidden) - weigh(
+                    share,
+                    *products.products(*((e2, x.transpose((1, 0))) for x in (tile.a2, tile.b2))),
                 )
                 plgpu.barrier_wait(ready.outputs)
-                d_inputs = products.accumulate(d_inputs, square[1], w2.transpose((1, 0)))
+                d_inputs = products.accumulate(d_inputs, tile.outputs, w2.transpose((1, 0)))
                 plgpu.barrier_arrive(ready.used)
-                square[0][...] = (slope.astype(jnp.float32) * d_inputs + bend.astype(jnp.float32)).astype(jnp.bfloat16)
-                plgpu.commit_smem()
-                send((square[0], out.hidden.at[(*at, slice(None), units)]))
-                d_weights, d_momentum = state
-                d_weights = products.accumulate(d_weights, keys.transpose((1, 0)), square[0])
+                d_inputs = slope.astype(jnp.float32) * d_inputs + bend.astype(jnp.float32)
+                put([tile.hidden], [d_inputs])
+                send((tile.hidden, of_hidden(out, c)))
+                d_weights = products.accumulate(d_weights, keys.transpose((1, 0)), tile.hidden)
                 plgpu.wait_smem_to_gmem(1, wait_read_only=True)  # the states have left
-                put((a1, b1), (d_weights, d_momentum))
+                put((tile.a1, tile.b1), (d_weights, d_momentum))
                 return d_weights, d_momentum
 
-            prefetch_keys(chunks - 1, 0)
-            prefetch(chunks - 1)
-            place = (*here, slice(None), units)
-            state = tuple(
-                plgpu.load(x.at[place], layout=WGMMA, optimized=False) for x in d_ends[:2]
-            )
-            put((a1, b1), state)
-            starts = lax.fori_loop(0, chunks, step, state)
-            for target, numbers in zip(d_starts[:2], starts, strict=True):
-                target[place] = numbers
-            plgpu.barrier_wait(ready.stepped)
-            plgpu.wait_smem_to_gmem(0)
+            tile = anew(tiles, own)
+            sweep(0, (*here, slice(None), units), (tile.a1, tile.b1), begin, step)
 
         @pl.when(lax.axis_index(LAYER) == 1)
         def _():
-            tiles = Second(*own_second)
-
-            def prefetch_both(c, slot):
-                at = *here, c
+            def prefetch_pairs(c, slot):
                 fetch(
-                    both.here.at[slot],
-                    (memories.second.at[(*at, rows(own))], both.weights.at[slot]),
-                    (memories.second.at[(*at, rows(2 * slices))], both.errors.at[slot]),
-                    (memories.hidden.at[(*at, slice(None), units)], tiles.inputs.at[slot]),
+                    arrivals.both.at[slot],
+                    (of_second(memories, c, own), pairs.w2.at[slot]),
+                    (of_second(memories, c, 2 * slices), pairs.e2.at[slot]),
+                    (of_hidden(memories, c), pairs.x2.at[slot]),
                     (shares.at[(*here, c)], gates[1].at[slot]),
                 )
 
-            def prefetch(c):
-                at = *here, c
+            def prefetch(c, own_tiles):
                 fetch(
-                    tiles.here,
-                    (d_memories.second.at[(*at, rows(own))], tiles.d_weights),
-                    (d_memories.second.at[(*at, rows(slices + own))], tiles.d_momentum),
+                    arrivals.second,
+                    (of_second(d_memories, c, own), own_tiles.d_w2),
+                    (of_second(d_memories, c, slices + own), own_tiles.d_s2),
                 )
 
+            def begin():
+                prefetch_pairs(chunks - 1, 0)
+                prefetch(chunks - 1, anew(tiles, own))
+
             def step(i, state):
-                c, slot = chunks - 1 - i, lax.rem(i, 2)
-                at = *here, c
-                inputs, w2, e2 = (
-                    x.at[slot] for x in (tiles.inputs, both.weights, both.errors)
-                )
-                send(
-                    (a2, out.second.at[(*at, rows(own))]),
-                    (b2, out.second.at[(*at, rows(slices + own))]),
-                )
+                c, slot, tile = chunks - 1 - i, lax.rem(i, 2), anew(tiles, i)
+                x2, w2, e2 = (x.at[slot] for x in (pairs.x2, pairs.w2, pairs.e2))
+                send((tile.a2, of_second(out, c, own)), (tile.b2, of_second(out, c, slices + own)))
                 plgpu.wait_smem_to_gmem(1, wait_read_only=True)  # gradients of Z_2 have left
-                fetch(
-                    tiles.square_here, (d_memories.second.at[(*at, rows(2 * slices))], square[1])
-                )
-                plgpu.barrier_wait(both.here.at[slot])
-                pl.when(i + 1 < chunks)(lambda: prefetch_both(c - 1, 1 - slot))
-                gates_here = Shares.read(gates[1].at[slot])
-                part = -both_shares(
-                    gates_here, *products.products((inputs, a2), (inputs, b2))
-                )
-                plgpu.barrier_wait(tiles.here)
-                d_weights, d_momentum = decay(
-                    gates_here, state, tiles.d_weights, tiles.d_momentum
-                )
-                pl.when(i + 1 < chunks)(lambda: prefetch(c - 1))
+                fetch(arrivals.outputs, (of_second(d_memories, c, 2 * slices), tile.outputs))
+                plgpu.barrier_wait(arrivals.both.at[slot])
+                pl.when(i + 1 < chunks)(lambda: prefetch_pairs(c - 1, 1 - slot))
+                share = Shares.read(gates[1].at[slot])
+                part = -weigh(share, *products.products((x2, tile.a2), (x2, tile.b2)))
+                plgpu.barrier_wait(arrivals.second)
+                d_weights, d_momentum = share.pull(state, load(tile.d_w2), load(tile.d_s2))
+                pl.when(i + 1 < chunks)(lambda: prefetch(c - 1, tile))
                 plgpu.barrier_wait(ready.pulled)
-                part = products.accumulate(part, both.pulled, w2)
-                total = exchange.sum(
+                part = products.accumulate(part, tile.pulled, w2)
+                d_error = exchange.sum(
                     part, lax.rem(i, 2), mailbox, None if through is None else through.at[here]
-                )  # fmt: skip
-                plgpu.barrier_wait(tiles.square_here)
-                total = 2 * (total + load(square[1]))
-                square[1][...] = total.astype(jnp.bfloat16)
-                plgpu.commit_smem()
+                )
+                plgpu.barrier_wait(arrivals.outputs)
+                put([tile.outputs], [2 * (d_error + load(tile.outputs))])
                 plgpu.barrier_arrive(ready.outputs)
-                send((square[1], out.outputs.at[at]))
-                d_weights = products.accumulate(d_weights, both.pulled.transpose((1, 0)), e2)
-                d_weights = products.accumulate(d_weights, inputs.transpose((1, 0)), square[1])
+                send_first(own, tile.outputs, out.outputs.at[(*here, c)])
+                d_weights = products.accumulate(d_weights, tile.pulled.transpose((1, 0)), e2)
+                d_weights = products.accumulate(d_weights, x2.transpose((1, 0)), tile.outputs)
                 plgpu.barrier_wait(ready.used)
                 plgpu.wait_smem_to_gmem(1, wait_read_only=True)  # the states have left
-                put((a2, b2), (d_weights, d_momentum))
+                put((tile.a2, tile.b2), (d_weights, d_momentum))
                 plgpu.barrier_arrive(ready.stepped)
                 return d_weights, d_momentum
 
-            prefetch_both(chunks - 1, 0)
-            prefetch(chunks - 1)
-            place = (*here, units)
-            state = tuple(
-                plgpu.load(x.at[place], layout=WGMMA, optimized=False) for x in d_ends[2:]
-            )
-            put((a2, b2), state)
-            plgpu.barrier_arrive(ready.stepped)
-            starts = lax.fori_loop(0, chunks, step, state)
-            for target, numbers in zip(d_starts[2:], starts, strict=True):
-                target[place] = numbers
-            plgpu.wait_smem_to_gmem(0)
+            tile = anew(tiles, own)
+            sweep(1, (*here, units), (tile.a2, tile.b2), begin, step)
 
     shapes = Pulled((2 * TILE, F), (2 * F, TILE), (TILE, F), (TILE, TILE))
     out = tuple(jax.ShapeDtypeStruct((B, M, chunks, *shape), jnp.bfloat16) for shape in shapes)
@@ -274,21 +245,15 @@ def pull(
         grid={"batch": B, "memory": M}, slices=slices,
         out_type=(out, d_starts, exchange.through(B, M)),
         scratch={
-            "own_first": First(
-                keys=pair, keys_here=plgpu.Barrier(num_arrivals=2, num_barriers=2),
-                weights=shared(), d_weights=shared(), d_momentum=shared(), d_errors=shared(),
-                here=plgpu.Barrier(num_arrivals=4), square_here=plgpu.Barrier(),
-            ),
-            "own_second": Second(
-                inputs=pair, d_weights=shared(), d_momentum=shared(),
-                here=plgpu.Barrier(num_arrivals=2), square_here=plgpu.Barrier(),
-            ),
-            "both": Both(
-                weights=pair, errors=pair, pulled=shared(),
-                here=plgpu.Barrier(num_arrivals=4, num_barriers=2),
-            ),
+            "tiles": Tiles(*(shared() for _ in Tiles._fields)),
+            "pairs": Pairs(*(pair for _ in Pairs._fields)),
             "gates": (plgpu.SMEM((2, 5, TILE), jnp.float32),) * 2,
-            "states": (shared(),) * 4, "square": (shared(),) * 2,
+            "arrivals": Arrivals(
+                keys=plgpu.Barrier(num_arrivals=2, num_barriers=2),
+                both=plgpu.Barrier(num_arrivals=4, num_barriers=2),
+                first=plgpu.Barrier(num_arrivals=4), second=plgpu.Barrier(num_arrivals=2),
+                hidden=plgpu.Barrier(), outputs=plgpu.Barrier(),
+            ),
             "ready": Ready(*(plgpu.Barrier() for _ in Ready._fields)),
             "mailbox": exchange.scratch(),
         },
@@ -296,51 +261,51 @@ def pull(
     return Pulled(*pulled), tuple(d_starts)
 
 
-def slope_and_bend(plan: Plan, z: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The first two derivatives of σ, in bfloat16.
+class Tiles(NamedTuple):
+    """Tiles in shared memory.
 
-    Half the columns after the other: arithmetic runs through whole tiles, one operation after the
-    other, and its intermediate tiles do not fit the registers.
+    Attributes:
+      a1, b1, a2, b2: gradients of network and momentum after the chunk, of each layer.
+      w1: the first layer's network.
+      d_w1, d_s1, d_e1, d_w2, d_s2: gradients from reading.
+      hidden: gradient of X_2 from reading, then that of Z_1.
+      outputs: gradient of E_2 from reading, then that of Z_2.
+      pulled: D'.
     """
-    halves = []
-    for start in (0, TILE // 2):
-        _, slope, bend = plan.activate(z[:, start : start + TILE // 2])
-        half = slope.astype(jnp.bfloat16), bend.astype(jnp.bfloat16)
-        *half, z = lax.optimization_barrier((*half, z))
-        halves.append(half)
-    return tuple(jnp.concatenate(parts, axis=1) for parts in zip(*halves, strict=True))
+
+    a1: Any
+    b1: Any
+    a2: Any
+    b2: Any
+    w1: Any
+    d_w1: Any
+    d_s1: Any
+    d_e1: Any
+    d_w2: Any
+    d_s2: Any
+    hidden: Any
+    outputs: Any
+    pulled: Any
 
 
-class First(NamedTuple):
-    """What the first layer's warpgroup reads alone, and where it arrives."""
+class Pairs(NamedTuple):
+    """Tiles of this chunk and the next: they are needed to the end of one."""
 
     keys: Any
-    keys_here: Any
-    weights: Any
-    d_weights: Any
-    d_momentum: Any
-    d_errors: Any
-    here: Any
-    square_here: Any
+    w2: Any
+    e2: Any
+    x2: Any
 
 
-class Second(NamedTuple):
-    """What the second layer's warpgroup reads alone, and where it arrives."""
+class Arrivals(NamedTuple):
+    """Where copies arrive: of keys; of what both layers read; of what either does."""
 
-    inputs: Any
-    d_weights: Any
-    d_momentum: Any
-    here: Any
-    square_here: Any
-
-
-class Both(NamedTuple):
-    """What both read: weights and errors of the second layer, and gradients of what it pulls."""
-
-    weights: Any
-    errors: Any
-    pulled: Any
-    here: Any
+    keys: Any
+    both: Any
+    first: Any
+    second: Any
+    hidden: Any
+    outputs: Any
 
 
 class Ready(NamedTuple):
@@ -348,8 +313,8 @@ class Ready(NamedTuple):
 
     Attributes:
       pulled: gradients of what the second layer pulls back.
-      outputs: gradients of the second layer's outputs,
-      used: which have been pulled back in turn.
+      outputs: gradients of the second layer's outputs.
+      used: the first layer no longer needs them, nor the second layer's state.
       stepped: the gradients of the second layer.
     """
 

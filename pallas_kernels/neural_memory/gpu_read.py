@@ -14,7 +14,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.neural_memory.gpu_plan import Plan, load, shared
+from pallas_kernels.neural_memory.gpu_plan import Plan, anew, load, shared
 from pallas_kernels.neural_memory.gpu_walk import Memories, send
 from pallas_kernels.tiles import ALONG_ROWS, TILE, WGMMA, over_columns, zeros
 
@@ -55,7 +55,9 @@ def read(
         q, k, memories, views, out, kept_part, carried_part, *, query, key, errors, operands, barrier
     ):
         memories, views = Memories(*memories), Views(*views)
+        all_tiles = query, key, errors, operands
         batch, chunk, head = (lax.axis_index(axis) for axis in ("batch", "chunk", "head"))
+        query, key, errors, operands = anew(all_tiles, head)
         memory = lax.div(head, N // M)
         here, tokens = (batch, memory, chunk), pl.ds(chunk * TILE, TILE)
         for source, target in (
@@ -81,7 +83,8 @@ def read(
             operands[:, part * TILE : (part + 1) * TILE] = x.astype(operands.dtype)
         plgpu.commit_smem()
 
-        def step(_, first, weights, momentum, inputs, sums):
+        def step(index, first, weights, momentum, inputs, sums):
+            query, _, _, operands = anew(all_tiles, index[0])
             x, _, _ = plan.activate(products.product(operands, first))
             query[...] = x.astype(query.dtype)  # queries have been read
             plgpu.commit_smem()
@@ -120,7 +123,7 @@ def read(
         grid={"batch": B, "chunk": T // TILE, "head": N},
         out_type=(tokens, *((tokens if keep else None,) * 2)),
         scratch={
-            "query": shared(), "key": shared(), "errors": shared(), "operands": shared(3 * TILE),
+            "query": shared(), "key": shared(), "errors": shared(), "operands": shared(TILE, 3 * TILE),
             "barrier": plgpu.Barrier(num_arrivals=3),
         },
     )  # fmt: skip

@@ -20,7 +20,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.neural_memory.gpu_plan import Plan, load, shared
+from pallas_kernels.neural_memory.gpu_plan import Plan, anew, by_halves, load, shared
 from pallas_kernels.neural_memory.gpu_read import Views
 from pallas_kernels.neural_memory.gpu_walk import Memories, send
 from pallas_kernels.tiles import ALONG_ROWS, TILE, WGMMA, over_columns, zeros
@@ -73,6 +73,8 @@ def read_pull(
             for target, view in zip(targets, (views.kept, views.carried), strict=True):
                 put(target, numbers_of(view) * numbers)
 
+        all_tiles = first, second, inputs, operands, scaled, d_scores, query, tile
+        first, second, inputs, operands, scaled, d_scores, query, tile = anew(all_tiles, head)
         key, errors = second
         fetch(
             four, (q.at[own], query), (keys, key), (d_out.at[own], tile),
@@ -90,6 +92,7 @@ def read_pull(
 
         def step(s, sums):
             raw, d_raw, d_query, d_kept, d_carried = sums
+            first, second, inputs, operands, scaled, d_scores, query, tile = anew(all_tiles, s)
             units = block(s)
             rows = units, pl.ds(F + s * TILE, TILE)
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
@@ -102,8 +105,7 @@ def read_pull(
                 ),
                 (memories.hidden.at[(*here, slice(None), units)], inputs),
             )
-            x, slope, _ = plan.activate(products.product(operands, first))
-            slope = slope.astype(jnp.bfloat16)
+            x, slope, _ = by_halves(plan.activate, products.product(operands, first))
             put(tile, x)
             plgpu.commit_smem()
             raw, d_x = products.accumulate_both(
@@ -180,8 +182,8 @@ def read_pull(
             tokens, tokens, tuple(map(of_heads, memories)), tuple(map(of_heads, views)),
         ),
         scratch={
-            "first": plgpu.SMEM((3 * TILE, TILE), jnp.bfloat16), "second": (shared(),) * 2,
-            "inputs": shared(), "operands": shared(3 * TILE), "scaled": (shared(),) * 2,
+            "first": shared(3 * TILE), "second": (shared(),) * 2,
+            "inputs": shared(), "operands": shared(TILE, 3 * TILE), "scaled": (shared(),) * 2,
             "d_scores": shared(), "query": shared(), "tile": shared(),
             "four": plgpu.Barrier(num_arrivals=4), "barrier": plgpu.Barrier(num_arrivals=3),
         },

@@ -8,7 +8,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.neural_memory.gpu_plan import LAYER, SLICE, Exchange, Plan, load, shared
+from pallas_kernels.neural_memory.gpu_plan import LAYER, SLICE, Exchange, Plan, anew, load, shared
 from pallas_kernels.tiles import ALONG_ROWS, TILE, WGMMA, over_columns, zeros
 
 
@@ -54,6 +54,7 @@ def walk(
     ):  # fmt: skip
         batch, memory, own = (lax.axis_index(axis) for axis in ("batch", "memory", SLICE))
         here = batch, memory
+        all_tiles = layers, x2, e2, pulled
         units = pl.ds(own * TILE, TILE)
         ready = Ready(*ready)
 
@@ -92,10 +93,9 @@ def walk(
 
         @pl.when(lax.axis_index(LAYER) == 0)
         def _():
-            tiles, second_weights = Layer(*layers[0]), Layer(*layers[1]).weights
-
             def step(i, k, shares, state):
                 at = *here, i
+                (tiles, (second_weights, *_)), x2, e2, pulled = anew(all_tiles, i)
                 send(
                     (tiles.weights, first.at[(*at, rows(0), units)]),
                     (tiles.momentum, first.at[(*at, rows(1), units)]),
@@ -125,7 +125,7 @@ def walk(
             start = plgpu.load(
                 w1.at[(*here, slice(None), units)], layout=WGMMA, optimized=False
             ), zeros(TILE)
-            put(tiles, start)
+            put(anew(layers[0], own), start)
             ends = sweep(0, k, step, start)
             for target, numbers in zip((w1_end, s1_end), ends, strict=True):
                 target[(*here, slice(None), units)] = numbers
@@ -134,10 +134,9 @@ def walk(
 
         @pl.when(lax.axis_index(LAYER) == 1)
         def _():
-            tiles = Layer(*layers[1])
-
             def step(i, v, shares, state):
                 at = *here, i
+                (_, tiles), x2, e2, _ = anew(all_tiles, i)
                 send(
                     (tiles.weights, second.at[(*at, rows(own))]),
                     (tiles.momentum, second.at[(*at, rows(slices + own))]),
@@ -153,7 +152,7 @@ def walk(
                 e2[...] = error.astype(e2.dtype)
                 plgpu.commit_smem()
                 plgpu.barrier_arrive(ready.errors)
-                send((e2, second.at[(*at, rows(2 * slices))]))
+                send_first(own, e2, second.at[(*at, rows(2 * slices))])
                 shares.scale(error, tiles)
                 plgpu.commit_smem()
                 state = write(products, state, x2, tiles)
@@ -164,7 +163,7 @@ def walk(
                 return state
 
             start = plgpu.load(w2.at[(*here, units)], layout=WGMMA, optimized=False), zeros(TILE)
-            put(tiles, start)
+            put(anew(layers[1], own), start)
             ends = sweep(1, v, step, start)
             for target, numbers in zip((w2_end, s2_end), ends, strict=True):
                 target[(*here, units)] = numbers
@@ -181,7 +180,7 @@ def walk(
         neural_memory_walk, k, v, shares, *start, grid={"batch": B, "memory": M}, slices=slices,
         out_type=(*kept, *ends, exchange.through(B, M)),
         scratch={
-            "layers": (tuple(shared() for _ in Layer._fields),) * 2,
+            "layers": (Layer(*(shared() for _ in Layer._fields)),) * 2,
             "x2": shared(), "e2": shared(), "pulled": shared(),
             "tokens": (plgpu.SMEM((2, TILE, TILE), jnp.bfloat16),) * 2,
             "gates": (plgpu.SMEM((2, 5, TILE), jnp.float32),) * 2,
@@ -237,6 +236,18 @@ class Shares(NamedTuple):
         kept, carried, left = (over_columns(x) for x in (self.kept, self.carried, self.left))
         return kept * weights + carried * momentum, left * momentum
 
+    def pull(self, d_after, d_weights: jax.Array, d_momentum: jax.Array):
+        """The gradient of a state before the chunk, but for what the chunk's writes pull back.
+
+        Args:
+          d_after: of the state after it.
+          d_weights: of the network, from reading it.
+          d_momentum: of the momentum, likewise.
+        """
+        a, b = d_after
+        kept, carried, left = (over_columns(x) for x in (self.kept, self.carried, self.left))
+        return kept * a + d_weights, carried * a + left * b + d_momentum
+
     def scale(self, error: jax.Array, tiles: Layer) -> None:
         """What the last token holds of each error, as an operand, with the sign of a step down."""
         for share, tile in ((self.written, tiles.written), (self.pending, tiles.pending)):
@@ -256,3 +267,9 @@ def send(*copies: tuple[Any, Any]) -> None:
     """Starts copies from shared to global memory, as one group."""
     for n, (source, target) in enumerate(copies, 1):
         plgpu.copy_smem_to_gmem(source, target, commit_group=n == len(copies))
+
+
+def send_first(own, source, target) -> None:
+    """The same, from the first CTA of a cluster: the others have the same but for rounding."""
+    pl.when(own == 0)(lambda: plgpu.copy_smem_to_gmem(source, target, commit_group=False))
+    plgpu.commit_smem_to_gmem_group()
