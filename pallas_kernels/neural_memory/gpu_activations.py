@@ -1,4 +1,4 @@
-"""Activations with their first two derivatives, written out: a kernel for GPUs takes none itself."""
+"""Activations with two derivatives, written out: kernels for GPUs cannot be differentiated."""
 
 import math
 from collections.abc import Callable

@@ -58,7 +58,7 @@ class Plan:
           scratch: its scratch, by argument.
           slices: CTAs of a cluster of a walk, which have a warpgroup a layer. None: no walk.
         """
-        walk = {}
+        walk: dict[str, Any] = {}
         if slices is not None:
             walk = {
                 "cluster": (slices,), "cluster_names": (SLICE,),
@@ -83,7 +83,8 @@ def by_halves(function: Callable[[jax.Array], Derivatives], x: jax.Array) -> Der
         half = tuple(y.astype(jnp.bfloat16) for y in function(x[:, start : start + TILE // 2]))
         *half, x = lax.optimization_barrier((*half, x))
         halves.append(half)
-    return tuple(jnp.concatenate(parts, axis=1) for parts in zip(*halves, strict=True))
+    value, slope, bend = (jnp.concatenate(x, axis=1) for x in zip(*halves, strict=True))
+    return value, slope, bend
 
 
 def shared(rows: int = TILE, columns: int = TILE):

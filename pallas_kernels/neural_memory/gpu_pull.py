@@ -12,7 +12,8 @@ layer, and g, n, b, f, m the shares of the chunk:
     W_1' = b A_1 + W_1'(read) + Kᵀ Z_1'                          S' = f A + m B + S'(read)
     W_2' = b A_2 + W_2'(read) + D'ᵀ E_2 + X_2ᵀ Z_2'
 
-Gradients of tokens and shares follow from A, B, Z_1' and Z_2' of each chunk by itself (`mosaic_gpu`).
+Gradients of tokens and shares follow from A, B, Z_1' and Z_2', every chunk by itself
+(`mosaic_gpu`).
 """
 
 from typing import Any, NamedTuple
@@ -23,13 +24,22 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.neural_memory.gpu_plan import LAYER, SLICE, Exchange, Plan, anew, by_halves, load, shared
+from pallas_kernels.neural_memory.gpu_plan import (
+    LAYER,
+    SLICE,
+    Exchange,
+    Plan,
+    anew,
+    by_halves,
+    load,
+    shared,
+)
 from pallas_kernels.neural_memory.gpu_walk import Memories, Shares, send, send_first
 from pallas_kernels.tiles import TILE, WGMMA, over_columns
 
 
 class Pulled(NamedTuple):
-    """Gradients of every chunk, in bfloat16.
+    """Gradients of every chunk, in bfloat16; arrays, or refs inside a kernel.
 
     Attributes:
       first: of W_1 and S_1 after the chunk, `[B,M,n,64+64,F]`.
@@ -38,10 +48,10 @@ class Pulled(NamedTuple):
       outputs: of Z_2, `[B,M,n,64,64]`.
     """
 
-    first: jax.Array
-    second: jax.Array
-    hidden: jax.Array
-    outputs: jax.Array
+    first: Any
+    second: Any
+    hidden: Any
+    outputs: Any
 
 
 def pull(
@@ -163,10 +173,8 @@ def pull(
                 d_weights, d_momentum = share.pull(state, load(tile.d_w1), load(tile.d_s1))
                 pl.when(i + 1 < chunks)(lambda: prefetch(c - 1, tile))
                 plgpu.barrier_wait(arrivals.hidden)
-                d_inputs = load(tile.hidden) - weigh(
-                    share,
-                    *products.products(*((e2, x.transpose((1, 0))) for x in (tile.a2, tile.b2))),
-                )
+                a2, b2 = (x.transpose((1, 0)) for x in (tile.a2, tile.b2))
+                d_inputs = load(tile.hidden) - weigh(share, *products.products((e2, a2), (e2, b2)))
                 plgpu.barrier_wait(ready.outputs)
                 d_inputs = products.accumulate(d_inputs, tile.outputs, w2.transpose((1, 0)))
                 plgpu.barrier_arrive(ready.used)

@@ -6,7 +6,7 @@ r"""Answers to queries, every chunk by itself: queries pass each layer at weight
 A CTA takes a chunk of one query head, 64 hidden units after the other.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ from pallas_kernels.tiles import ALONG_ROWS, TILE, WGMMA, over_columns, zeros
 
 
 class Views(NamedTuple):
-    """How each token of a chunk sees the memory, in float32.
+    """How each token of a chunk sees the memory, in float32; arrays, or refs inside a kernel.
 
     Attributes:
       kept: b, `[B,M,n,64]`.
@@ -28,9 +28,9 @@ class Views(NamedTuple):
       written: G, `[B,M,n,64,64]`.
     """
 
-    kept: jax.Array
-    carried: jax.Array
-    written: jax.Array
+    kept: Any
+    carried: Any
+    written: Any
 
 
 def read(
@@ -52,7 +52,19 @@ def read(
     products = plan.products
 
     def neural_memory_read(
-        q, k, memories, views, out, kept_part, carried_part, *, query, key, errors, operands, barrier
+        q,
+        k,
+        memories,
+        views,
+        out,
+        kept_part,
+        carried_part,
+        *,
+        query,
+        key,
+        errors,
+        operands,
+        barrier,
     ):
         memories, views = Memories(*memories), Views(*views)
         all_tiles = query, key, errors, operands
@@ -123,7 +135,7 @@ def read(
         grid={"batch": B, "chunk": T // TILE, "head": N},
         out_type=(tokens, *((tokens if keep else None,) * 2)),
         scratch={
-            "query": shared(), "key": shared(), "errors": shared(), "operands": shared(TILE, 3 * TILE),
-            "barrier": plgpu.Barrier(num_arrivals=3),
+            "query": shared(), "key": shared(), "errors": shared(),
+            "operands": shared(TILE, 3 * TILE), "barrier": plgpu.Barrier(num_arrivals=3),
         },
     )  # fmt: skip

@@ -128,9 +128,8 @@ def read_pull(
                 ),
             )
             d_raw = products.accumulate(d_raw, tile, first.at[block(2)].transpose((1, 0)))
-            through, carried = products.products(
-                *((tile, first.at[block(i)].transpose((1, 0))) for i in range(2))
-            )
+            weights, momentum = (first.at[block(i)].transpose((1, 0)) for i in range(2))
+            through, carried = products.products((tile, weights), (tile, momentum))
             d_kept += (load(query) * through).sum(axis=1)
             d_carried += (load(query) * carried).sum(axis=1)
             d_query += numbers_of(views.kept) * through + numbers_of(views.carried) * carried

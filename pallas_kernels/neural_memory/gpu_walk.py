@@ -13,7 +13,7 @@ from pallas_kernels.tiles import ALONG_ROWS, TILE, WGMMA, over_columns, zeros
 
 
 class Memories(NamedTuple):
-    """What every chunk starts from, in bfloat16: network and momentum, and the writes of the chunk.
+    """What every chunk starts from, and writes, in bfloat16; arrays, or refs inside a kernel.
 
     Attributes:
       first: W_1, S_1 and E_1 one upon another, `[B,M,n,64+64+64,F]`.
@@ -21,9 +21,9 @@ class Memories(NamedTuple):
       hidden: the inputs X_2 of the second layer, `[B,M,n,64,F]`.
     """
 
-    first: jax.Array
-    second: jax.Array
-    hidden: jax.Array
+    first: Any
+    second: Any
+    hidden: Any
 
 
 def walk(
@@ -122,9 +122,10 @@ def walk(
                 put(tiles, state)
                 return state
 
-            start = plgpu.load(
-                w1.at[(*here, slice(None), units)], layout=WGMMA, optimized=False
-            ), zeros(TILE)
+            start = (
+                plgpu.load(w1.at[(*here, slice(None), units)], layout=WGMMA, optimized=False),
+                zeros(TILE),
+            )
             put(anew(layers[0], own), start)
             ends = sweep(0, k, step, start)
             for target, numbers in zip((w1_end, s1_end), ends, strict=True):

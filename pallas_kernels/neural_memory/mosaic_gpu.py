@@ -23,7 +23,7 @@ def neural_memory(
     k: jax.Array,
     v: jax.Array,
     coefficients: Any,
-    weights: tuple[jax.Array, jax.Array],
+    weights: tuple[jax.Array, ...],
     *,
     activation: str,
     interpret: bool = False,
@@ -89,7 +89,7 @@ def _read_forward(plan, q, k, memories, views):
 def _read_backward(plan, residuals, d_out):
     q, k, memories, views, parts = residuals
     d_q, d_k, d_memories, d_views = read_pull(plan, q, k, memories, views, d_out)
-    (B, T, N, _), M = q.shape, k.shape[2]
+    (B, _, N, _), M = q.shape, k.shape[2]
     d_kept, d_carried = (
         jnp.sum(d_out.astype(jnp.float32) * part, axis=-1).swapaxes(1, 2).reshape(B, N, -1, TILE)
         for part in parts
@@ -159,7 +159,11 @@ def _token_gradients(k: jax.Array, shares: jax.Array, memories: Memories, pulled
         return jnp.sum(a.astype(jnp.float32) * b.astype(jnp.float32), axis=(-2, -1))
 
     d_decays = jnp.stack(
-        [inner(a1, w1) + inner(a2, w2), inner(a1, s1) + inner(a2, s2), inner(b1, s1) + inner(b2, s2)],
+        [
+            inner(a1, w1) + inner(a2, w2),
+            inner(a1, s1) + inner(a2, s2),
+            inner(b1, s1) + inner(b2, s2),
+        ],
         axis=-1,
     )
 
