@@ -87,7 +87,7 @@ def walk(
             return lax.fori_loop(0, chunks, body, state)
 
         def put(tiles, state):
-            for tile, numbers in zip((tiles.weights, tiles.momentum), state, strict=True):
+            for tile, numbers in zip(tiles, state, strict=True):
                 tile[...] = numbers.astype(tile.dtype)
             plgpu.commit_smem()
 
@@ -96,37 +96,45 @@ def walk(
             def step(i, k, shares, state):
                 at = *here, i
                 (tiles, (second_weights, *_)), x2, e2, pulled = anew(all_tiles, i)
+
+                z = products.product(k, tiles.weights)
+                x, _, _ = plan.activate(z)
+                pl.when(i > 0)(lambda: plgpu.barrier_wait(ready.stepped))
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                x2[...] = x.astype(x2.dtype)
+                plgpu.commit_smem()
+                plgpu.barrier_arrive(ready.inputs)
+                # What the other warpgroup does not wait for comes while this one waits for it.
+                put([tiles.momentum], state[1:])
                 send(
                     (tiles.weights, first.at[(*at, rows(0), units)]),
                     (tiles.momentum, first.at[(*at, rows(1), units)]),
                 )
-                x, slope, _ = plan.activate(products.product(k, tiles.weights))
-                pl.when(i > 0)(lambda: plgpu.barrier_wait(ready.stepped))
-                plgpu.wait_smem_to_gmem(1, wait_read_only=True)
-                x2[...] = x.astype(x2.dtype)
-                plgpu.commit_smem()
-                plgpu.barrier_arrive(ready.inputs)
+                _, slope, _ = plan.activate(lax.optimization_barrier(z))
                 state = shares.decay(*state)
                 plgpu.barrier_wait(ready.errors)
                 error = slope * products.product(e2, second_weights.transpose((1, 0)))
                 plgpu.barrier_arrive(ready.pulled)
-                pulled[...] = error.astype(pulled.dtype)
                 shares.scale(error, tiles)
                 plgpu.commit_smem()
-                send(
-                    (x2, hidden.at[(*at, slice(None), units)]),
-                    (pulled, first.at[(*at, rows(2), units)]),
-                )
-                state = write(products, state, k, tiles)
+
+                def send_writes():
+                    put([pulled], [error])
+                    send(
+                        (x2, hidden.at[(*at, slice(None), units)]),
+                        (pulled, first.at[(*at, rows(2), units)]),
+                    )
+
+                state = write(products, state, k, tiles, send_writes)
                 plgpu.wait_smem_to_gmem(1, wait_read_only=True)
-                put(tiles, state)
+                put([tiles.weights], state[:1])
                 return state
 
             start = (
                 plgpu.load(w1.at[(*here, slice(None), units)], layout=WGMMA, optimized=False),
                 zeros(TILE),
             )
-            put(anew(layers[0], own), start)
+            put([anew(layers[0], own).weights], start[:1])
             ends = sweep(0, k, step, start)
             for target, numbers in zip((w1_end, s1_end), ends, strict=True):
                 target[(*here, slice(None), units)] = numbers
@@ -159,12 +167,12 @@ def walk(
                 state = write(products, state, x2, tiles)
                 plgpu.wait_smem_to_gmem(1, wait_read_only=True)
                 plgpu.barrier_wait(ready.pulled)
-                put(tiles, state)
+                put((tiles.weights, tiles.momentum), state)
                 plgpu.barrier_arrive(ready.stepped)
                 return state
 
             start = plgpu.load(w2.at[(*here, units)], layout=WGMMA, optimized=False), zeros(TILE)
-            put(anew(layers[1], own), start)
+            put(anew(layers[1], own)[:2], start)
             ends = sweep(1, v, step, start)
             for target, numbers in zip((w2_end, s2_end), ends, strict=True):
                 target[(*here, units)] = numbers
@@ -255,12 +263,12 @@ class Shares(NamedTuple):
             tile[...] = (over_columns(-share) * error).astype(tile.dtype)
 
 
-def write(products, state, inputs, tiles: Layer) -> tuple[jax.Array, jax.Array]:
+def write(products, state, inputs, tiles: Layer, meanwhile=lambda: None):
     """Adds a chunk's outer products to network and momentum."""
     weights, momentum = state
     inputs = inputs.transpose((1, 0))
     return products.accumulate_both(
-        (weights, inputs, tiles.written), (momentum, inputs, tiles.pending)
+        (weights, inputs, tiles.written), (momentum, inputs, tiles.pending), meanwhile
     )
 
 
