@@ -115,14 +115,13 @@ def pull(
         def weigh(shares, written, pending):
             return over_columns(shares.written) * written + over_columns(shares.pending) * pending
 
-        def sweep(layer, place, states, begin, step):
+        def sweep(layer, place, states, begin, begun, step):
             """Walks the chunks in reverse with the gradient of one layer's state."""
             ends, starts = (x[2 * layer : 2 * layer + 2] for x in (d_ends, d_starts))
             begin()
             state = tuple(plgpu.load(x.at[place], layout=WGMMA, optimized=False) for x in ends)
             put(states, state)
-            if layer:
-                plgpu.barrier_arrive(ready.stepped)
+            begun()
             state = lax.fori_loop(0, chunks, step, state)
             for target, numbers in zip(starts, state, strict=True):
                 target[place] = numbers
@@ -139,12 +138,13 @@ def pull(
                     (shares.at[(*here, c)], gates[0].at[slot]),
                 )
 
-            def prefetch(c, own):
+            def prefetch(c, tile):
                 fetch(
                     arrivals.first,
-                    (of_first(memories, c, 0), own.w1), (of_first(d_memories, c, 0), own.d_w1),
-                    (of_first(d_memories, c, 1), own.d_s1), (of_first(d_memories, c, 2), own.d_e1),
-                )  # fmt: skip
+                    (of_first(d_memories, c, 0), tile.d_w1),
+                    (of_first(d_memories, c, 1), tile.d_s1),
+                    (of_first(d_memories, c, 2), tile.d_e1),
+                )
 
             def begin():
                 prefetch_keys(chunks - 1, 0)
@@ -160,16 +160,14 @@ def pull(
                 pl.when(i + 1 < chunks)(lambda: prefetch_keys(c - 1, 1 - slot))
                 share = Shares.read(gates[0].at[slot])
                 plgpu.barrier_wait(arrivals.first)
-                plgpu.barrier_wait(arrivals.both.at[slot])
-                _, slope, bend = by_halves(plan.activate, products.product(keys, tile.w1))
-                bend = bend.astype(jnp.float32) * products.product(e2, w2.transpose((1, 0)))
                 d_error = load(tile.d_e1) - weigh(
                     share, *products.products((keys, tile.a1), (keys, tile.b1))
                 )
+                plgpu.barrier_wait(ready.slopes)
                 plgpu.barrier_wait(ready.stepped)
-                put([tile.pulled], [d_error * slope.astype(jnp.float32)])
+                put([tile.pulled], [d_error * load(tile.slope)])
                 plgpu.barrier_arrive(ready.pulled)
-                bend = lax.optimization_barrier((bend * d_error).astype(jnp.bfloat16))
+                bend = lax.optimization_barrier((load(tile.bend) * d_error).astype(jnp.bfloat16))
                 d_weights, d_momentum = share.pull(state, load(tile.d_w1), load(tile.d_s1))
                 pl.when(i + 1 < chunks)(lambda: prefetch(c - 1, tile))
                 plgpu.barrier_wait(arrivals.hidden)
@@ -177,8 +175,8 @@ def pull(
                 d_inputs = load(tile.hidden) - weigh(share, *products.products((e2, a2), (e2, b2)))
                 plgpu.barrier_wait(ready.outputs)
                 d_inputs = products.accumulate(d_inputs, tile.outputs, w2.transpose((1, 0)))
+                d_inputs = load(tile.slope) * d_inputs + bend.astype(jnp.float32)
                 plgpu.barrier_arrive(ready.used)
-                d_inputs = slope.astype(jnp.float32) * d_inputs + bend.astype(jnp.float32)
                 put([tile.hidden], [d_inputs])
                 send((tile.hidden, of_hidden(out, c)))
                 d_weights = products.accumulate(d_weights, keys.transpose((1, 0)), tile.hidden)
@@ -187,7 +185,7 @@ def pull(
                 return d_weights, d_momentum
 
             tile = anew(tiles, own)
-            sweep(0, (*here, slice(None), units), (tile.a1, tile.b1), begin, step)
+            sweep(0, (*here, slice(None), units), (tile.a1, tile.b1), begin, lambda: None, step)
 
         @pl.when(lax.axis_index(LAYER) == 1)
         def _():
@@ -207,9 +205,28 @@ def pull(
                     (of_second(d_memories, c, slices + own), own_tiles.d_s2),
                 )
 
+            def prefetch_w1(c, tile):
+                fetch(arrivals.w1, (of_first(memories, c, 0), tile.w1))
+
+            def find_slopes(c, slot, tile):
+                """What the first layer's warpgroup, which is waited for more, needs of σ."""
+                w2, e2 = pairs.w2.at[slot], pairs.e2.at[slot]
+                plgpu.barrier_wait(arrivals.keys.at[slot])
+                plgpu.barrier_wait(arrivals.w1)
+                plgpu.barrier_wait(arrivals.both.at[slot])
+                z = products.product(pairs.keys.at[slot], tile.w1)
+                pl.when(c > 0)(lambda: prefetch_w1(c - 1, tile))
+                _, slope, bend = by_halves(plan.activate, z)
+                tile.slope[...] = slope
+                bend = bend.astype(jnp.float32) * products.product(e2, w2.transpose((1, 0)))
+                put([tile.bend], [bend])
+                plgpu.barrier_arrive(ready.slopes)
+
             def begin():
+                tile = anew(tiles, own)
                 prefetch_pairs(chunks - 1, 0)
-                prefetch(chunks - 1, anew(tiles, own))
+                prefetch(chunks - 1, tile)
+                prefetch_w1(chunks - 1, tile)
 
             def step(i, state):
                 c, slot, tile = chunks - 1 - i, lax.rem(i, 2), anew(tiles, i)
@@ -217,7 +234,6 @@ def pull(
                 send((tile.a2, of_second(out, c, own)), (tile.b2, of_second(out, c, slices + own)))
                 plgpu.wait_smem_to_gmem(1, wait_read_only=True)  # gradients of Z_2 have left
                 fetch(arrivals.outputs, (of_second(d_memories, c, 2 * slices), tile.outputs))
-                plgpu.barrier_wait(arrivals.both.at[slot])
                 pl.when(i + 1 < chunks)(lambda: prefetch_pairs(c - 1, 1 - slot))
                 share = Shares.read(gates[1].at[slot])
                 part = -weigh(share, *products.products((x2, tile.a2), (x2, tile.b2)))
@@ -239,10 +255,15 @@ def pull(
                 plgpu.wait_smem_to_gmem(1, wait_read_only=True)  # the states have left
                 put((tile.a2, tile.b2), (d_weights, d_momentum))
                 plgpu.barrier_arrive(ready.stepped)
+                pl.when(i + 1 < chunks)(lambda: find_slopes(c - 1, 1 - slot, tile))
                 return d_weights, d_momentum
 
+            def begun():
+                plgpu.barrier_arrive(ready.stepped)
+                find_slopes(chunks - 1, 0, anew(tiles, own))
+
             tile = anew(tiles, own)
-            sweep(1, (*here, units), (tile.a2, tile.b2), begin, step)
+            sweep(1, (*here, units), (tile.a2, tile.b2), begin, begun, step)
 
     shapes = Pulled((2 * TILE, F), (2 * F, TILE), (TILE, F), (TILE, TILE))
     out = tuple(jax.ShapeDtypeStruct((B, M, chunks, *shape), jnp.bfloat16) for shape in shapes)
@@ -259,8 +280,8 @@ def pull(
             "arrivals": Arrivals(
                 keys=plgpu.Barrier(num_arrivals=2, num_barriers=2),
                 both=plgpu.Barrier(num_arrivals=4, num_barriers=2),
-                first=plgpu.Barrier(num_arrivals=4), second=plgpu.Barrier(num_arrivals=2),
-                hidden=plgpu.Barrier(), outputs=plgpu.Barrier(),
+                first=plgpu.Barrier(num_arrivals=3), second=plgpu.Barrier(num_arrivals=2),
+                hidden=plgpu.Barrier(), outputs=plgpu.Barrier(), w1=plgpu.Barrier(),
             ),
             "ready": Ready(*(plgpu.Barrier() for _ in Ready._fields)),
             "mailbox": exchange.scratch(),
@@ -279,6 +300,7 @@ class Tiles(NamedTuple):
       hidden: gradient of X_2 from reading, then that of Z_1.
       outputs: gradient of E_2 from reading, then that of Z_2.
       pulled: D'.
+      slope, bend: σ'(Z_1) and D σ''(Z_1).
     """
 
     a1: Any
@@ -294,6 +316,8 @@ class Tiles(NamedTuple):
     hidden: Any
     outputs: Any
     pulled: Any
+    slope: Any
+    bend: Any
 
 
 class Pairs(NamedTuple):
@@ -314,18 +338,21 @@ class Arrivals(NamedTuple):
     second: Any
     hidden: Any
     outputs: Any
+    w1: Any
 
 
 class Ready(NamedTuple):
     """At which the warpgroup of one layer tells that of the other what is ready.
 
     Attributes:
+      slopes: σ'(Z_1) and D σ''(Z_1).
       pulled: gradients of what the second layer pulls back.
       outputs: gradients of the second layer's outputs.
       used: the first layer no longer needs them, nor the second layer's state.
       stepped: the gradients of the second layer.
     """
 
+    slopes: Any
     pulled: Any
     outputs: Any
     used: Any
