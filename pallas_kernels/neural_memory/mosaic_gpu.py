@@ -1,4 +1,15 @@
-r"""Titans' neural memory for Hopper GPUs: the walk over chunks."""
+r"""Titans' neural memory of two layers for Hopper GPUs, in Pallas Mosaic GPU.
+
+Only the memory itself has to go from chunk to chunk. So that alone is a walk, of one cluster a
+memory, which leaves network, momentum and writes of every chunk in global memory (`gpu_walk`); all
+else is done for every chunk by itself: queries are answered (`gpu_read`), and coefficients of gates
+are XLA's. The gradient goes the same way back: chunks by themselves (`gpu_read_pull`), a walk in
+reverse that carries the gradient of the memory (`gpu_pull`), and what follows from it for keys,
+values and gates, in XLA.
+
+What the walk leaves is kept for the gradient, 8 H F + 2 C (F + H) bfloat16 numbers a chunk and
+memory; operands of products are bfloat16, all else float32.
+"""
 
 import functools
 from collections.abc import Sequence
