@@ -76,7 +76,7 @@ class Case:
     N: int = 16
     K: int = 16
     H: int = 128
-    dtype: type = jnp.bfloat16
+    dtype: Any = jnp.bfloat16
     config: LaunchConfig | None = None
     reference_heads: int | None = None
     peers: tuple[str, ...] = ()
@@ -332,7 +332,7 @@ def main() -> int:
         else:
             variants.append(row)
         print(json.dumps({k: v for k, v in row.items() if k != "kernels"})[:600], flush=True)
-        save(
+        kernels.save(
             arguments.out, "block_sparse_attention_kernel", rows=list(rows.values()),
             variants=variants, summary=summary(rows, variants, failed),
         )  # fmt: skip

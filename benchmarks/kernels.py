@@ -43,7 +43,8 @@ class Case(Protocol):
         """Functions of all inputs but the gradient, to time; "mosaic_gpu" is ours."""
         ...
 
-    def reference(self, *arrays) -> jax.Array:
+    @property
+    def reference(self) -> Callable[..., Any]:
         """The op's XLA form."""
         ...
 
@@ -99,6 +100,7 @@ def times(compiled, *arrays) -> dict:
     slow = time.perf_counter() - start > 0.3
     _, runs = profiler.measure(compiled, aggregate=False, iterations=2 if slow else 9)(*arrays)
     longest: dict[str, list[float]] = {}
+    assert runs, "the profiler saw no kernel"
     for run in runs:
         for name, ms in run:
             longest.setdefault(name[:60], []).append(ms)
@@ -120,7 +122,7 @@ def times(compiled, *arrays) -> dict:
 def measure(case: Case) -> dict:
     """One row of the record."""
     *arrays, g = case.inputs(seed=0)
-    row = {"case": case.name, **dataclasses.asdict(case)}  # pyrefly: ignore
+    row: dict[str, Any] = {"case": case.name, **dataclasses.asdict(case)}  # pyrefly: ignore
     for name, f in case.forms().items():
         both = compile_for(case, f, backward=True)
         if name == "mosaic_gpu":

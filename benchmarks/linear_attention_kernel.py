@@ -8,6 +8,7 @@ one call (CUPTI, median of 9), and the wall time of a call with its host work (m
 """
 
 import dataclasses
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +23,7 @@ from pallas_kernels.linear_attention.mosaic_gpu import linear_attention as kerne
 class Case:
     """One shape; `groups` None is the heuristic's."""
 
-    feature_map: str
+    feature_map: Literal["taylor", "identity"]
     B: int
     T: int
     N: int
@@ -89,16 +90,30 @@ class Case:
         return max(tokens * self.N * flops / kernels.MATRIX_RATE, tokens * size / kernels.BANDWIDTH)
 
 
-TAYLOR = {"feature_map": "taylor", "N": 16, "K": 16, "F": 16, "H": 64, "normalize": True}
-IDENTITY = {"feature_map": "identity", "N": 16, "K": 16, "F": 128, "H": 128, "normalize": False}
+TAYLOR: dict[str, Any] = {
+    "feature_map": "taylor",
+    "N": 16,
+    "K": 16,
+    "F": 16,
+    "H": 64,
+    "normalize": True,
+}
+IDENTITY: dict[str, Any] = {
+    "feature_map": "identity",
+    "N": 16,
+    "K": 16,
+    "F": 128,
+    "H": 128,
+    "normalize": False,
+}
 CASES = [
     Case(B=1, T=32768, **TAYLOR),
     Case(B=16, T=2048, **TAYLOR),
     Case(B=1, T=32768, **IDENTITY),
     Case(B=1, T=1024, **TAYLOR),
-    Case(B=1, T=1000, **{**TAYLOR, "K": 4, "H": 128}),
+    Case(B=1, T=1000, **(TAYLOR | {"K": 4, "H": 128})),
     Case(B=4, T=8192, **TAYLOR),
-    Case(B=1, T=32768, **{**TAYLOR, "normalize": False}),
+    Case(B=1, T=32768, **(TAYLOR | {"normalize": False})),
     Case(B=1, T=131072, **TAYLOR),
 ]
 

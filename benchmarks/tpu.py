@@ -20,7 +20,7 @@ import shlex
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -81,6 +81,7 @@ class Case:
       kernels: the op whose kernels it runs, by a plan of its own; None: it has kernels itself.
       seeded: whether it is given a key.
       hidden: inner sizes of the network that a neural memory starts with; it has K memories.
+      decay: what log decays are of: each "channel" or "head" of the K states; None: there are none.
     """
 
     op: str
@@ -98,6 +99,7 @@ class Case:
     kernels: str | None = None
     seeded: bool = False
     hidden: tuple[int, ...] = ()
+    decay: Literal["channel", "head"] | None = None
 
     @property
     def kernel_op(self) -> str:
@@ -109,16 +111,20 @@ class Case:
         """As the table spells it."""
         options = " ".join(f"{name}={value}" for name, value in self.options.items())
         options += "".join(f" hidden={size}" for size in self.hidden)
+        options += f"decay={self.decay}" if self.decay else ""
         sizes = " ".join(f"{name}={getattr(self, name)}" for name in "BTNKFH")
         how = "".join(f" {word}" for word in ("packed", "sharded") if getattr(self, word))
         what = self.op if self.kernels else self.plan
         return " ".join(filter(None, [what, options])) + f"{how} {sizes}"
 
     def arrays(self) -> tuple[Any, ...]:
-        """The output's gradient, q, k, v, and what a neural memory takes besides."""
+        """The output's gradient, q, k, v, and what else the op takes."""
         heads = (self.N, self.H), (self.N, self.F), (self.K, self.F), (self.K, self.H)
         shape = self.B, self.T
         given = tuple(jax.ShapeDtypeStruct((*shape, *x), jnp.bfloat16) for x in heads)
+        if self.decay is not None:
+            each = (self.F,) if self.decay == "channel" else ()
+            return *given, jax.ShapeDtypeStruct((*shape, self.K, *each), jnp.float32)
         if self.op != "neural_memory":
             return given
         gate = jax.ShapeDtypeStruct((*shape, self.K), jnp.float32)
@@ -159,6 +165,7 @@ PLANS = {
 
 _TAYLOR = functools.partial(Case, op="linear_attention", options={"feature_map": "taylor"})
 _IDENTITY = functools.partial(Case, op="linear_attention", options={"feature_map": "identity"})
+_GATED = functools.partial(Case, op="gated_linear_attention", options={})
 _BLOCKS = functools.partial(Case, op="block_sparse_attention", options={})
 _MEMORY = functools.partial(Case, op="neural_memory", options={"chunk_size": 64})
 _LSSA = functools.partial(Case, op="softplus_attention", options={"power": None})
@@ -171,6 +178,22 @@ CASES = [
     _BLOCKS(plan="window of 4096, 4 sinks", B=2, T=1000, N=8, K=2, F=64, H=128, in_tests=True),
     _BY_PLAN(op="hyper_attention", F=64, H=64, options={}, seeded=True),
     _BY_PLAN(op="core_context_attention", F=128, H=128, options={"group_size": 16, "window": 1024}),
+    _GATED(F=128, H=128, decay="channel"),
+    _GATED(F=128, H=128, decay="head"),
+    _GATED(T=131072, K=4, F=64, H=128, decay="channel"),
+    _GATED(
+        B=4,
+        T=1000,
+        N=8,
+        K=2,
+        F=64,
+        H=128,
+        decay="channel",
+        packed=True,
+        sharded=True,
+        in_tests=True,
+    ),
+    _GATED(T=500, N=2, K=2, F=64, H=64, decay="head", in_tests=True),
     _MEMORY(B=4, T=8192, N=4, K=4, F=64, H=64, hidden=(256,)),
     _MEMORY(T=8192, N=8, K=8, F=128, H=128, hidden=(512,)),
     _MEMORY(F=128, H=128),

@@ -55,6 +55,26 @@ def column(row: jax.Array) -> jax.Array:
     return jnp.broadcast_to(row, (SUBLANES, row.shape[1])).T[:, :1]
 
 
+def token_block(x: Any, tokens: int, step: Callable[..., Any] = lambda i: i) -> pl.BlockSpec:
+    """Tokens of one head, of arrays `[B,heads,...,T]` on a grid of rows, heads and steps.
+
+    Args:
+      x: the array, or its type.
+      tokens: of a step.
+      step: which of them each place on the grid takes.
+    """
+    middle = (0,) * (len(x.shape) - 3)
+    return pl.BlockSpec(
+        (None, None, *x.shape[2:-1], tokens), lambda b, head, i: (b, head, *middle, step(i))
+    )
+
+
+def head_block(x: Any) -> pl.BlockSpec:
+    """All that an array `[B,heads,...]` holds of one head, on the same grid."""
+    middle = (0,) * (len(x.shape) - 2)
+    return pl.BlockSpec((None, None, *x.shape[2:]), lambda b, head, i: (b, head, *middle))
+
+
 def launch(
     body: Callable[..., None],
     *arrays: Any,

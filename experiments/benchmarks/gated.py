@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from experiments.benchmarks import peers
 from experiments.benchmarks.base import Cost, Implementation, Inputs, OpBenchmark
 from lcattn import ops
 
@@ -65,11 +66,18 @@ class GatedLinearAttentionBenchmark(OpBenchmark):
     @override
     def implementations(self) -> Mapping[str, Implementation]:
         op = getattr(ops, self.op)
+        chunks = Implementation(functools.partial(op, implementation="xla"))
         reference = functools.partial(op, implementation="reference")
         return {
             "lcattn": Implementation(op),
+            # Elsewhere that is "lcattn".
+            **({"lcattn xla": chunks} if jax.default_backend() == "gpu" else {}),
             "lcattn reference": Implementation(reference, self.max_recurrent),
+            **self._peers(),
         }
+
+    def _peers(self) -> Mapping[str, Implementation]:
+        return peers.gated_linear_attention(decay=self.decay)
 
     @override
     def forward_cost(self, length: int) -> Cost:
@@ -111,6 +119,10 @@ class GatedDeltaRuleBenchmark(GatedLinearAttentionBenchmark):
     @override
     def reference(self, inputs: Inputs) -> Any:
         return _recurrence(inputs, lambda state, k, v: v - jnp.einsum("bnfh,bnf->bnh", state, k))
+
+    @override
+    def _peers(self) -> Mapping[str, Implementation]:
+        return {}
 
     @override
     def forward_cost(self, length: int) -> Cost:

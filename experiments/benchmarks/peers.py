@@ -47,6 +47,18 @@ def linear_attention(*, feature_map: str) -> dict[str, Implementation]:
     return {}
 
 
+def gated_linear_attention(*, decay: str) -> dict[str, Implementation]:
+    """Peers for decays of every channel (GLA): flash-linear-attention on torch."""
+    if decay != "channel" or not (_cuda_torch() and _installed("fla")):
+        return {}
+    fla = importlib.import_module("fla.ops.gla")
+
+    def chunked(q, k, v, log_decay):
+        return fla.chunk_gla(q, k, v, log_decay)[0]
+
+    return {"fla chunk": Implementation(chunked, framework="torch")}
+
+
 def _installed(name: str) -> ModuleType | None:
     return importlib.import_module(name) if importlib.util.find_spec(name) else None
 

@@ -1,5 +1,7 @@
 """Linear attention with a state that forgets: retention, Mamba-2 and GLA are cases of it."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -75,7 +77,9 @@ def gated_linear_attention(
       chunk_size: tokens a chunk C, rounded up to a power of two; default 64. Changes speed and
         memory, never the result.
       implementation: "mosaic_gpu" (kernels for Hopper GPUs: bfloat16, F = H = 128; only when
-        named), "xla" (chunks), "reference" (token by token), or None.
+        named), "mosaic_tpu" (kernels for TPUs: bfloat16 or float32, F and H multiples of 8; for the
+        gradient they keep a state every few hundred tokens; only when named), "xla" (chunks),
+        "reference" (token by token), or None.
 
     Returns:
       `[B,T,N,H]`, or that and the final state.
@@ -93,7 +97,8 @@ def gated_linear_attention(
         f" M = N = {sizes.N} or K = {sizes.K}",
     )  # fmt: skip
     run = dispatch.choose(
-        "gated_linear_attention", implementation, sizes=sizes, dtype=jnp.result_type(q, k, v)
+        "gated_linear_attention", implementation, sizes=sizes, states=log_decay.shape[2],
+        dtype=jnp.result_type(q, k, v),
     )  # fmt: skip
 
     if log_decay.ndim == 3:
@@ -172,16 +177,28 @@ def _carry(state: Array, decay: Array, writes: Array) -> tuple[Array, Array]:
 def _kernels(q, k, v, log_decay, state, *, chunk):
     from pallas_kernels.gated_linear_attention import mosaic_gpu
 
+    run = functools.partial(mosaic_gpu.gated_linear_attention, scale=1.0)
+    return _by_kernels(run, q, k, v, log_decay, state, chunk=chunk)
+
+
+def _tpu_kernels(q, k, v, log_decay, state, *, chunk):
+    from pallas_kernels.gated_linear_attention import mosaic_tpu
+
+    run = mosaic_tpu.gated_linear_attention
+    return _by_kernels(run, q, k, v, log_decay, state, chunk=chunk)
+
+
+def _by_kernels(run, q, k, v, log_decay, state, *, chunk):
+    """Attention by kernels `run`, which have chunks of their own."""
     del chunk
     B, T, M, G, F = q.shape
-    out, state = mosaic_gpu.gated_linear_attention(
-        q.reshape(B, T, M * G, F), k, v, log_decay, state, scale=1.0
-    )
+    out, state = run(q.reshape(B, T, M * G, F), k, v, log_decay, state)
     return out.reshape(B, T, M, G, -1), state
 
 
-def _kernels_objection(*, sizes: checks.Sizes, dtype: jnp.dtype) -> str | None:
+def _kernels_objection(*, sizes: checks.Sizes, states: int, dtype: jnp.dtype) -> str | None:
     """Why the kernels cannot serve a call, in words."""
+    del states
     if not dispatch.on_hopper():
         return "needs a Hopper GPU (compute capability 9.0)"
     # Imported where it can run: it takes longer to import than the rest of the ops.
@@ -190,11 +207,21 @@ def _kernels_objection(*, sizes: checks.Sizes, dtype: jnp.dtype) -> str | None:
     return mosaic_gpu.objection(dtype=dtype, F=sizes.F, H=sizes.H)
 
 
+def _tpu_objection(*, sizes: checks.Sizes, states: int, dtype: jnp.dtype) -> str | None:
+    """Why the kernels for TPUs cannot serve a call, in words."""
+    if dispatch.default_platform() != "tpu":
+        return "needs a TPU"
+    from pallas_kernels.gated_linear_attention import mosaic_tpu
+
+    return mosaic_tpu.objection(dtype=dtype, groups=sizes.N // states, F=sizes.F, H=sizes.H)
+
+
 def _only_when_asked(**call) -> bool:
     """Kernels that run by name alone.
 
-    At F = 64 the gradient of the log decays is wrong on the chip for a reason not yet found, so
-    that at F = 128, where every check passed, no one gets them unasked.
+    On Hopper GPUs at F = 64 the gradient of the log decays is wrong for a reason not yet found, so
+    that at F = 128, where every check passed, no one gets them unasked. No TPU was at hand to try
+    those for TPUs.
     """
     del call
     return False
@@ -204,6 +231,7 @@ dispatch.declare(
     "gated_linear_attention",
     {
         "mosaic_gpu": dispatch.Implementation(_kernels, _kernels_objection, _only_when_asked),
+        "mosaic_tpu": dispatch.Implementation(_tpu_kernels, _tpu_objection, _only_when_asked),
         "xla": dispatch.Implementation(_chunked),
         "reference": dispatch.Implementation(_token_by_token),
     },

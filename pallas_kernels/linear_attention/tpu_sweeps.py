@@ -24,7 +24,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.linear_attention.tpu_plan import Marks, Plan
-from pallas_kernels.tpu import dot, launch
+from pallas_kernels.tpu import dot, head_block, launch, token_block
 
 
 def outputs(
@@ -207,11 +207,7 @@ def _sweep(plan: Plan, body, *arrays, out_type, scratch=(), reverse: bool = Fals
             return pl.BlockSpec(
                 (None, *x.shape[1:-1], plan.chunk), lambda b, n, i: (b, 0, chunk(i))
             )
-        if x.shape == state.shape:
-            return pl.BlockSpec((None, None, *x.shape[2:]), lambda b, n, i: (b, n, 0, 0))
-        block = (None, None, *x.shape[2:-1], plan.chunk)
-        middle = (0,) * (len(x.shape) - 3)
-        return pl.BlockSpec(block, lambda b, n, i: (b, n, *middle, chunk(i)))
+        return head_block(x) if x.shape == state.shape else token_block(x, plan.chunk, chunk)
 
     return launch(
         body, *arrays, grid=(B, K, chunks), sequential=1,

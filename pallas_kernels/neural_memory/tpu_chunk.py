@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.neural_memory.tpu_gates import Coefficients, Gates, coefficients
-from pallas_kernels.neural_memory.tpu_products import product
+from pallas_kernels.tpu_products import product
 
 Layers = tuple[jax.Array, ...]
 """A matrix `[in,out]` a layer, in float32."""

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.neural_memory.tpu_products import product
+from pallas_kernels.tpu_products import product
 
 
 class Gates(NamedTuple):

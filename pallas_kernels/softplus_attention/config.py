@@ -9,6 +9,8 @@ a narrower block would only move more keys.
 
 import dataclasses
 
+from pallas_kernels import tuned
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LaunchConfig:
@@ -41,6 +43,11 @@ class LaunchConfig:
             value = getattr(self, name)
             if value not in values:
                 raise ValueError(f"LaunchConfig.{name}: expected one of {values}, got {value!r}")
+
+
+def heuristic(*, B: int, T: int, N: int, H: int) -> LaunchConfig:
+    """The launch parameters for a shape: measured ones, or the defaults."""
+    return LaunchConfig(**tuned.lookup("softplus_attention", sequences=B * N, T=T, H=H))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

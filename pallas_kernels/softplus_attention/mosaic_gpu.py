@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.softplus_attention.backward import key_gradients, query_gradients
-from pallas_kernels.softplus_attention.config import LaunchConfig
+from pallas_kernels.softplus_attention.config import LaunchConfig, heuristic
 from pallas_kernels.softplus_attention.forward import mix, row_sums
 from pallas_kernels.softplus_attention.packing import Packing, pack
 from pallas_kernels.softplus_attention.plan import Plan
@@ -64,13 +64,13 @@ def softplus_attention(
     Raises:
       ValueError: saying why these kernels do not serve the call.
     """
-    T = q.shape[1]
+    B, T, N, H = q.shape
     reason = objection(dtype=q.dtype, F=k.shape[3], H=v.shape[3], power=power)
     if reason is not None:
         raise ValueError(f"softplus_attention: the mosaic_gpu kernels {reason}")
     plan = Plan(
         power=1 if power is None else power, thresholded=power is not None, flat_below=flat_below,
-        config=config or LaunchConfig(), interpret=interpret,
+        config=config or heuristic(B=B, T=T, N=N, H=H), interpret=interpret,
     )  # fmt: skip
     missing = -T % plan.alignment
     # Padding comes last: no query sees its keys, and its queries are cut off.

@@ -1,0 +1,80 @@
+"""Tables of launch parameters, and the search that writes them."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+
+from benchmarks import tune
+from pallas_kernels import tuned
+from pallas_kernels.linear_attention.config import LaunchConfig, heuristic
+
+SHAPE = {"B": 2, "T": 3000, "N": 8, "F": 48, "H": 64}  # no table has such features
+
+
+def test_a_trial_answers_lookups_of_its_kernel_alone():
+    with tuned.trial("linear_attention", {"groups": 8, "stages": 1}) as asked:
+        assert heuristic(**SHAPE) == LaunchConfig(groups=8, stages=1)
+        assert tuned.lookup("another", T=3) == {}
+    assert asked == [{"sequences": 16, "T": 3000, "F": 48, "H": 64}]
+    assert heuristic(**SHAPE).stages == 2
+
+
+def test_groups_are_no_more_than_chunks_and_rather_divide_them():
+    with tuned.trial("linear_attention", {"groups": 64}):
+        assert heuristic(**SHAPE | {"T": 130}).groups == 3
+    with tuned.trial("linear_attention", {"groups": 8}):
+        assert heuristic(**SHAPE | {"T": 64 * 15}).groups == 5
+
+
+def test_sizes_are_rounded_to_powers_of_two():
+    assert tuned.rounded({"T": 3000, "H": 64}) == (("H", 64), ("T", 4096))
+    assert tuned.rounded({"T": 2890, "B": 1}) == (("B", 1), ("T", 2048))
+
+
+def test_what_the_tables_hold_are_launch_parameters():
+    for kernel, module in tune.CONFIGS.items():
+        for fields in tuned._table(kernel).values():
+            module.LaunchConfig(**fields)
+
+
+@pytest.mark.parametrize(
+    ("ms", "expected"),
+    [
+        # Each helps, and both together more.
+        ({"a": 0.8, "b": 0.9, "a b": 0.7}, {"a": 2, "b": 3}),
+        # Each helps alone.
+        ({"a": 0.8, "b": 0.9, "a b": 1.2}, {"a": 2}),
+        # Noise.
+        ({"a": 0.99, "b": 1.3, "a b": 0.1}, {}),
+        # One cannot be compiled.
+        ({"a": None, "b": 0.9, "a b": 0.1}, {"b": 3}),
+    ],
+)
+def test_search_takes_what_helps(monkeypatch, ms, expected):
+    def compile_for(case, ours, *, backward):
+        fields = tuned.lookup("kernel", T=100)
+        ms_of_it = ms[" ".join(fields)] if fields else 1.0
+        if ms_of_it is None:
+            raise ValueError("too large")
+        return ms_of_it
+
+    monkeypatch.setattr(tune.kernels, "compile_for", compile_for)
+    monkeypatch.setattr(tune.kernels, "times", lambda compiled: {"kernel_ms": compiled})
+    case = SimpleNamespace(name="shape", ours=None, inputs=lambda seed: ())
+    entry = tune.search("kernel", case, {"a": (2,), "b": (3,)})
+    assert entry["config"] == expected
+    assert entry["sizes"] == {"T": 100}
+
+
+def test_a_table_keeps_the_entries_of_other_shapes(tmp_path):
+    def entry(T, groups):
+        return {"sizes": {"T": T}, "config": {"groups": groups}}
+
+    def found(*entries):
+        return {tuned.rounded(entry["sizes"]): entry for entry in entries}
+
+    path = tmp_path / "table.json"
+    tune._write(path, found(entry(64, 1), entry(1024, 2)))
+    tune._write(path, found(entry(1000, 3)))
+    assert json.loads(path.read_text())["entries"] == [entry(64, 1), entry(1000, 3)]
