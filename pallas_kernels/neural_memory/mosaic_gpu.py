@@ -4,8 +4,8 @@ Only the memory itself has to go from chunk to chunk. So that alone is a walk, o
 memory, which leaves network, momentum and writes of every chunk in global memory (`gpu_walk`); all
 else is done for every chunk by itself: queries are answered (`gpu_read`), and coefficients of gates
 are XLA's. The gradient goes the same way back: chunks by themselves (`gpu_read_pull`), a walk in
-reverse that carries the gradient of the memory (`gpu_pull`), and what follows from it for keys,
-values and gates, in XLA.
+reverse that carries the gradient of the memory (`gpu_pull`), and chunks by themselves for what
+follows from it for keys, values and gates (`gpu_tokens`).
 
 What the walk leaves is kept for the gradient, 8 H F + 2 C (F + H) bfloat16 numbers a chunk and
 memory; operands of products are bfloat16, all else float32.
@@ -19,9 +19,10 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.neural_memory.gpu_plan import Plan
-from pallas_kernels.neural_memory.gpu_pull import Pulled, pull
+from pallas_kernels.neural_memory.gpu_pull import pull
 from pallas_kernels.neural_memory.gpu_read import Views, read
 from pallas_kernels.neural_memory.gpu_read_pull import read_pull
+from pallas_kernels.neural_memory.gpu_tokens import token_gradients
 from pallas_kernels.neural_memory.gpu_walk import Memories, walk
 from pallas_kernels.tiles import TILE
 
@@ -135,50 +136,9 @@ def _train_forward(plan, k, v, written, pending, decays, w1, w2):
 def _train_backward(plan, residuals, cotangents):
     k, shares, memories = residuals
     pulled, (d_w1, _, d_w2, _) = pull(plan, k, shares, memories, *cotangents)
-    return *_token_gradients(k, shares, memories, pulled), d_w1, d_w2
+    d_k, d_v, d_shares = token_gradients(plan, k, shares, memories, pulled)
+    d_written, d_pending, d_decays = d_shares[..., 0, :], d_shares[..., 1, :], d_shares[..., 2:, :]
+    return d_k, d_v, d_written, d_pending, d_decays.sum(axis=-1), d_w1, d_w2
 
 
 _train.defvjp(_train_forward, _train_backward)
-
-
-def _token_gradients(k: jax.Array, shares: jax.Array, memories: Memories, pulled: Pulled):
-    """Gradients of k, v and what shares are made of, every chunk by itself."""
-    (B, T, M, _), F = k.shape, memories.first.shape[-1]
-    keys = k.reshape(B, -1, TILE, M, TILE).transpose(0, 3, 1, 2, 4)
-
-    def split(x, size):
-        return x[..., :size, :], x[..., size : 2 * size, :], x[..., 2 * size :, :]
-
-    w1, s1, e1 = split(memories.first, TILE)
-    w2, s2, e2 = split(memories.second, F)
-    a1, b1, _ = split(pulled.first, TILE)
-    a2, b2, _ = split(pulled.second, F)
-    dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
-    read = {
-        name: (dot("...tf,...hf->...th", e1, a), dot("...tf,...fh->...th", memories.hidden, b))
-        for name, a, b in (("written", a1, a2), ("pending", b1, b2))
-    }
-    d_written, d_pending = (
-        -jnp.sum(keys * first, axis=-1) - jnp.sum(e2 * second, axis=-1)
-        for first, second in read.values()
-    )
-    d_keys = dot("...tf,...hf->...th", pulled.hidden, w1)
-    for row, (first, _) in enumerate(read.values()):
-        d_keys -= shares[..., row, :, None] * first
-
-    def inner(a, b):
-        return jnp.sum(a.astype(jnp.float32) * b.astype(jnp.float32), axis=(-2, -1))
-
-    d_decays = jnp.stack(
-        [
-            inner(a1, w1) + inner(a2, w2),
-            inner(a1, s1) + inner(a2, s2),
-            inner(b1, s1) + inner(b2, s2),
-        ],
-        axis=-1,
-    )
-
-    def tokens(x):
-        return x.transpose(0, 2, 3, 1, 4).reshape(B, T, M, TILE).astype(k.dtype)
-
-    return tokens(d_keys), tokens(-pulled.outputs), d_written, d_pending, d_decays
