@@ -89,7 +89,7 @@ class Case:
     def form(self, implementation: str) -> Callable:
         """A function of all inputs but the gradient."""
 
-        def run(q, k, v, rate, momentum, decay, network):
+        def run(q, k, v, rate, momentum, decay, network) -> Any:
             return neural_memory(
                 q, k, v, rate, momentum, decay, network, implementation=implementation
             )

@@ -12,7 +12,7 @@ layer, and g, n, b, f, m the shares of the chunk:
     W_1' = b A_1 + W_1'(read) + Kᵀ Z_1'                          S' = f A + m B + S'(read)
     W_2' = b A_2 + W_2'(read) + D'ᵀ E_2 + X_2ᵀ Z_2'
 
-Gradients of tokens and shares follow from A, B, Z_1' and Z_2', every chunk by itself (`gpu_tokens`).
+From A, B, Z_1' and Z_2' follow gradients of tokens and shares (`gpu_tokens`).
 """
 
 from typing import Any, NamedTuple

@@ -19,7 +19,6 @@ from jax import lax
 
 from lcattn.typing import Array, Bool, Float
 
-
 BLOCK = 8
 """Tokens whose gates are multiplied one by one, in long chunks."""
 
