@@ -69,42 +69,44 @@ def walk(
     products = plan.products
 
     def neural_memory_walk(
-        k, v, shares, w1, w2, first, second, hidden, w1_end, s1_end, w2_end, s2_end, through,
+        k, v, shares, starts, kept, ends, through,
         *, layers, x2, e2, pulled, tokens, gates, arrivals, mailbox, ready,
     ):  # fmt: skip
         batch, memory, own = (lax.axis_index(axis) for axis in ("batch", "memory", SLICE))
         here = batch, memory
-        all_tiles = layers, x2, e2, pulled
         units = pl.ds(own * TILE, TILE)
-        ready = Ready(*ready)
+        first, second, hidden = kept
+        all_tiles = layers, x2, e2, pulled
 
         def rows(part):
             return pl.ds(part * TILE, TILE)
 
-        def fetch(layer, array):
-            """A function that starts the copies of a chunk."""
+        def sweep(layer, array, place, step):
+            """Walks the chunks with the state of one layer, from tokens of its array."""
+            here_slots = tokens[layer], gates[layer], arrivals[layer]
 
-            def run(i, slot):
-                barrier = arrivals[layer].at[slot]
-                plgpu.copy_gmem_to_smem(
-                    array.at[batch, rows(i), memory], tokens[layer].at[slot], barrier
-                )
-                plgpu.copy_gmem_to_smem(shares.at[(*here, i)], gates[layer].at[slot], barrier)
-
-            return run
-
-        def sweep(layer, array, step, state):
-            """Walks the chunks with one layer's state."""
-            prefetch = fetch(layer, array)
-            prefetch(0, 0)
+            def prefetch(i, slot):
+                token, gate, arrival = (x.at[slot] for x in here_slots)
+                plgpu.copy_gmem_to_smem(array.at[batch, rows(i), memory], token, arrival)
+                plgpu.copy_gmem_to_smem(shares.at[(*here, i)], gate, arrival)
 
             def body(i, state):
                 slot = lax.rem(i, 2)
-                plgpu.barrier_wait(arrivals[layer].at[slot])
+                token, gate, arrival = (x.at[slot] for x in here_slots)
+                plgpu.barrier_wait(arrival)
                 pl.when(i + 1 < chunks)(lambda: prefetch(i + 1, 1 - slot))
-                return step(i, tokens[layer].at[slot], Shares.read(gates[layer].at[slot]), state)
+                return step(i, token, Shares.read(gate), state)
 
-            return lax.fori_loop(0, chunks, body, state)
+            prefetch(0, 0)
+            weights = plgpu.load(starts[layer].at[place], layout=WGMMA, optimized=False)
+            state = weights, zeros(TILE)
+            put(anew(layers[layer], own)[:2], state)
+            state = lax.fori_loop(0, chunks, body, state)
+            for target, numbers in zip(ends[2 * layer : 2 * layer + 2], state, strict=True):
+                target[place] = numbers
+            if layer == 0:
+                plgpu.barrier_wait(ready.stepped)
+            plgpu.wait_smem_to_gmem(0)
 
         def put(tiles, state):
             for tile, numbers in zip(tiles, state, strict=True):
@@ -116,7 +118,6 @@ def walk(
             def step(i, k, shares, state):
                 at = *here, i
                 (tiles, (second_weights, *_)), x2, e2, pulled = anew(all_tiles, i)
-
                 z = products.product(k, tiles.weights)
                 x, _, _ = plan.activate(z)
                 pl.when(i > 0)(lambda: plgpu.barrier_wait(ready.stepped))
@@ -150,16 +151,7 @@ def walk(
                 put([tiles.weights], state[:1])
                 return state
 
-            start = (
-                plgpu.load(w1.at[(*here, slice(None), units)], layout=WGMMA, optimized=False),
-                zeros(TILE),
-            )
-            put([anew(layers[0], own).weights], start[:1])
-            ends = sweep(0, k, step, start)
-            for target, numbers in zip((w1_end, s1_end), ends, strict=True):
-                target[(*here, slice(None), units)] = numbers
-            plgpu.barrier_wait(ready.stepped)
-            plgpu.wait_smem_to_gmem(0)
+            sweep(0, k, (*here, slice(None), units), step)
 
         @pl.when(lax.axis_index(LAYER) == 1)
         def _():
@@ -191,12 +183,7 @@ def walk(
                 plgpu.barrier_arrive(ready.stepped)
                 return state
 
-            start = plgpu.load(w2.at[(*here, units)], layout=WGMMA, optimized=False), zeros(TILE)
-            put(anew(layers[1], own)[:2], start)
-            ends = sweep(1, v, step, start)
-            for target, numbers in zip((w2_end, s2_end), ends, strict=True):
-                target[(*here, units)] = numbers
-            plgpu.wait_smem_to_gmem(0)
+            sweep(1, v, (*here, units), step)
 
     kept = Memories(
         *(
@@ -205,20 +192,21 @@ def walk(
         )
     )
     ends = tuple(jax.ShapeDtypeStruct(x.shape, jnp.float32) for x in start for _ in range(2))
-    *outs, _ = plan.launch(
-        neural_memory_walk, k, v, shares, *start, grid={"batch": B, "memory": M}, slices=slices,
-        out_type=(*kept, *ends, exchange.through(B, M)),
+    kept, ends, _ = plan.launch(
+        neural_memory_walk, k, v, shares, tuple(start),
+        grid={"batch": B, "memory": M}, slices=slices,
+        out_type=(tuple(kept), ends, exchange.through(B, M)),
         scratch={
             "layers": (Layer(*(shared() for _ in Layer._fields)),) * 2,
             "x2": shared(), "e2": shared(), "pulled": shared(),
             "tokens": (plgpu.SMEM((2, TILE, TILE), jnp.bfloat16),) * 2,
             "gates": (plgpu.SMEM((2, 5, TILE), jnp.float32),) * 2,
             "arrivals": (plgpu.Barrier(num_arrivals=2, num_barriers=2),) * 2,
-            "ready": tuple(plgpu.Barrier() for _ in Ready._fields),
+            "ready": Ready(*(plgpu.Barrier() for _ in Ready._fields)),
             "mailbox": exchange.scratch(),
         },
     )  # fmt: skip
-    return Memories(*outs[:3]), tuple(outs[3:])
+    return Memories(*kept), tuple(ends)
 
 
 class Layer(NamedTuple):
