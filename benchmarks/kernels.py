@@ -2,12 +2,14 @@
 
 import argparse
 import dataclasses
+import functools
 import json
 import math
 import shlex
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -72,6 +74,13 @@ def compile_for(case: Case, f: Callable, *, backward: bool):
     )  # fmt: skip
 
 
+def compile_all[Key](programs: Mapping[Key, Callable[[], Any]]) -> dict[Key, Any]:
+    """Compiles side by side, all before anything is timed: XLA tries out products on the device."""
+    with ThreadPoolExecutor() as pool:
+        futures = {key: pool.submit(program) for key, program in programs.items()}
+        return {key: future.result() for key, future in futures.items()}
+
+
 def errors(case: Case, compiled) -> dict[str, float]:
     """Relative RMS error of the output and every gradient, on fresh random inputs."""
     arrays = case.inputs(seed=time.time_ns() % 2**31)
@@ -119,17 +128,15 @@ def times(compiled, *arrays) -> dict:
     }  # fmt: skip
 
 
-def measure(case: Case) -> dict:
-    """One row of the record."""
+def measure(case: Case, programs: Mapping[tuple[str, bool], Any]) -> dict:
+    """One row of the record, by the programs of each form, forward and with its gradients."""
     *arrays, g = case.inputs(seed=0)
     row: dict[str, Any] = {"case": case.name, **dataclasses.asdict(case)}  # pyrefly: ignore
-    for name, f in case.forms().items():
-        both = compile_for(case, f, backward=True)
-        if name == "mosaic_gpu":
-            row["errors"] = errors(case, both)
+    row["errors"] = errors(case, programs["mosaic_gpu", True])
+    for name in case.forms():
         row[name] = {
-            "forward": times(compile_for(case, f, backward=False), *arrays),
-            "forward_backward": times(both, *arrays, g),
+            "forward": times(programs[name, False], *arrays),
+            "forward_backward": times(programs[name, True], *arrays, g),
         }
     for key, backward in (("forward", False), ("forward_backward", True)):
         floor = 1e3 * case.floor(backward=backward)
@@ -169,9 +176,14 @@ def main(module: str, description: str, cases: Sequence[Case]) -> None:
     parser.add_argument("--seconds", type=float, default=math.inf, help="start no shape after that")
     arguments = parser.parse_args()
     start, rows = time.perf_counter(), []
+    compiled = compile_all({
+        (case, name, backward): functools.partial(compile_for, case, f, backward=backward)
+        for case in cases for name, f in case.forms().items() for backward in (False, True)
+    })  # fmt: skip
     for case in cases:
         if time.perf_counter() - start > arguments.seconds:
             break
-        rows.append(measure(case))
+        programs = {key[1:]: program for key, program in compiled.items() if key[0] == case}
+        rows.append(measure(case, programs))
         print(summary(rows[-1]), flush=True)
         save(arguments.out, module, rows=rows)

@@ -8,6 +8,7 @@ one call (CUPTI, median of 9), and the wall time of a call with its host work (m
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
@@ -15,15 +16,13 @@ import jax.numpy as jnp
 
 from benchmarks import kernels
 from lcattn.ops import linear_attention
-from pallas_kernels.linear_attention.config import LaunchConfig
-from pallas_kernels.linear_attention.mosaic_gpu import linear_attention as kernel
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One shape; `groups` None is the heuristic's."""
+    """One shape; so many `documents` of like length packed in each row, unless it is None."""
 
-    feature_map: Literal["taylor", "identity"]
+    feature_map: Literal["taylor", "elu", "identity"]
     B: int
     T: int
     N: int
@@ -31,18 +30,18 @@ class Case:
     F: int
     H: int
     normalize: bool
-    groups: int | None = None
-    stages: int = 2
+    documents: int | None = None
     reference_heads: int | None = None
+    compare_xla: bool = True
 
     @property
     def name(self) -> str:
         """As the table spells it."""
-        split = "" if self.groups is None else f" groups={self.groups} stages={self.stages}"
         kind = "normalised" if self.normalize else "plain"
+        packed = "" if self.documents is None else f" documents={self.documents}"
         return (
             f"{self.feature_map} {kind} B={self.B} T={self.T} N={self.N} K={self.K} F={self.F}"
-            f" H={self.H}{split}"
+            f" H={self.H}{packed}"
         )
 
     def inputs(self, seed: int):
@@ -54,25 +53,35 @@ class Case:
             for key, shape in zip(keys, shapes, strict=True)
         )
 
-    def forms(self):
+    def forms(self) -> dict[str, Callable]:
         """Ours and XLA's."""
-        return {"mosaic_gpu": self.ours, "xla": self.reference}
+        ours = {"mosaic_gpu": self.ours}
+        return {**ours, "xla": self.reference} if self.compare_xla else ours
 
-    def ours(self, q, k, v):
-        """The kernel."""
-        config = (
-            None if self.groups is None else LaunchConfig(groups=self.groups, stages=self.stages)
-        )
-        return kernel(
-            q, k, v, feature_map=self.feature_map, scale=self.F**-0.5, normalize=self.normalize,
-            config=config,
-        )[0]  # fmt: skip
+    @property
+    def ours(self):
+        """The kernels."""
+        return self.form("mosaic_gpu")
 
-    def reference(self, q, k, v):
+    @property
+    def reference(self):
         """The op's XLA form."""
-        return linear_attention(
-            q, k, v, feature_map=self.feature_map, normalize=self.normalize, implementation="xla"
-        )
+        return self.form("xla")
+
+    def form(self, implementation: str):
+        """The op, by one implementation."""
+
+        def run(q, k, v):
+            segment_ids = None
+            if self.documents is not None:
+                segment_ids = jnp.arange(self.T, dtype=jnp.int32) * self.documents // self.T
+                segment_ids = jnp.broadcast_to(segment_ids, (self.B, self.T))
+            return linear_attention(
+                q, k, v, feature_map=self.feature_map, normalize=self.normalize,
+                segment_ids=segment_ids, implementation=implementation,
+            )  # fmt: skip
+
+        return run
 
     def floor(self, *, backward: bool) -> float:
         """Seconds: the larger of matrix work and traffic, each input and output moved once.
@@ -90,31 +99,26 @@ class Case:
         return max(tokens * self.N * flops / kernels.MATRIX_RATE, tokens * size / kernels.BANDWIDTH)
 
 
-TAYLOR: dict[str, Any] = {
-    "feature_map": "taylor",
-    "N": 16,
-    "K": 16,
-    "F": 16,
-    "H": 64,
-    "normalize": True,
-}
-IDENTITY: dict[str, Any] = {
-    "feature_map": "identity",
-    "N": 16,
-    "K": 16,
-    "F": 128,
-    "H": 128,
-    "normalize": False,
-}
+_HEADS = {"N": 16, "K": 16}
+TAYLOR: dict[str, Any] = _HEADS | {"feature_map": "taylor", "F": 16, "H": 64, "normalize": True}
+IDENTITY: dict[str, Any] = _HEADS | {
+    "feature_map": "identity", "F": 128, "H": 128, "normalize": False,
+}  # fmt: skip
+ELU: dict[str, Any] = IDENTITY | {"feature_map": "elu", "normalize": True}
+
 CASES = [
-    Case(B=1, T=32768, **TAYLOR),
-    Case(B=16, T=2048, **TAYLOR),
-    Case(B=1, T=32768, **IDENTITY),
+    Case(B=1, T=32768, **TAYLOR, reference_heads=2),
+    Case(B=16, T=2048, **TAYLOR, compare_xla=False),
+    Case(B=1, T=32768, **IDENTITY, reference_heads=2),
+    Case(B=1, T=32768, **TAYLOR, documents=13, reference_heads=2, compare_xla=False),
+    Case(B=16, T=2048, **TAYLOR, documents=5, compare_xla=False),
+    Case(B=1, T=32768, **ELU, reference_heads=2, compare_xla=False),
+    Case(B=1, T=32768, **ELU, documents=13, reference_heads=2, compare_xla=False),
     Case(B=1, T=1024, **TAYLOR),
-    Case(B=1, T=1000, **(TAYLOR | {"K": 4, "H": 128})),
-    Case(B=4, T=8192, **TAYLOR),
-    Case(B=1, T=32768, **(TAYLOR | {"normalize": False})),
-    Case(B=1, T=131072, **TAYLOR),
+    Case(B=1, T=256, **TAYLOR),
+    Case(B=1, T=256, **IDENTITY),
+    Case(B=1, T=1000, **(TAYLOR | {"H": 128, "K": 4}), compare_xla=False),
+    Case(B=1, T=32768, **(TAYLOR | {"normalize": False}), reference_heads=2, compare_xla=False),
 ]
 
 if __name__ == "__main__":

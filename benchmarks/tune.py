@@ -1,6 +1,6 @@
 """Finds the fastest launch parameters of our kernels on one GPU, and writes the tables they read.
 
-    python -m benchmarks.tune linear_attention --out pallas_kernels/tuned
+    python -m benchmarks.tune linear_attention --out pallas_kernels/tables
 
 Of every shape, launch parameters are varied one at a time; then the best of each are taken
 together. The measure is the sum of the kernels of one forward and backward call (CUPTI, median of
@@ -10,13 +10,13 @@ anew after every shape, and entries of other shapes are kept.
 
 import argparse
 import dataclasses
+import functools
 import json
 import math
 import shlex
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -79,8 +79,8 @@ def search(kernel: str, case: Any, choices: Mapping[str, Sequence[Any]]) -> dict
     """The entry of one shape."""
     candidates: list[dict[str, Any]] = [{}]
     candidates += [{name: value} for name, values in choices.items() for value in values]
-    with ThreadPoolExecutor(8) as pool:
-        compiled = list(pool.map(lambda fields: _compile(kernel, case, fields), candidates))
+    programs = {i: functools.partial(_compile, kernel, case, x) for i, x in enumerate(candidates)}
+    compiled = list(kernels.compile_all(programs).values())
     (_, asked) = next(pair for pair in compiled if pair[0] is not None)
     arrays = case.inputs(seed=0)
     tried = [

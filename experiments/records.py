@@ -2,6 +2,7 @@
 
 import collections
 import importlib
+import itertools
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -120,7 +121,25 @@ def kernels() -> str:
             "least FLOPs, bytes and (softplus) exp2 and log2 over their rates. Errors are "
             "relative to float64: the largest of the output and all gradients."
         )
-    return "\n\n".join([*parts, _compiled_for_tpus()])
+    return "\n\n".join([*parts, _growth(), _compiled_for_tpus()])
+
+
+def _growth() -> str:
+    """Whether the time of the linear-attention kernels is linear in the length."""
+    record = load(RECORDS / "h200" / "linear_attention_growth.json")
+    rows = []
+    for before, row in itertools.pairwise(record["rows"]):
+        if row["T"] == 2 * before["T"]:
+            passes = ("forward", "forward_backward")
+            pairs = [(row[kind], row[kind] / before[kind] / 2) for kind in passes]
+            rows.append((row["feature_map"], row["T"], *itertools.chain(*pairs)))
+    header = (
+        "features", "tokens", "forward, ms", "growth over linear", "forward + backward, ms",
+        "growth over linear",
+    )  # fmt: skip
+    title = f"Kernels of `linear_attention` as a row doubles, on one {record['device']}"
+    table = Table(title=title, header=header, rows=rows).markdown()
+    return f"{table}\n\n`{record['command']}`, jax {record['jax']}. One row of 16 heads."
 
 
 def _milliseconds(row: dict[str, Any], form: str, kind: str) -> float | str:

@@ -20,7 +20,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.tiles import zeros
+
 Operand = Any  # a shared-memory ref or a register tile
+Pair = tuple[Operand, Operand]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,10 +52,14 @@ class Products:
 
         return pl.run_scoped(issue, _accumulator(a, b))
 
+    def maybe(self, pair: Pair | None) -> Any:
+        """The product of a pair, or None."""
+        return None if pair is None else self.product(*pair)
+
     def products(
         self,
-        first: tuple[Operand, Operand],
-        second: tuple[Operand, Operand],
+        first: Pair,
+        second: Pair,
         then: Callable[[jax.Array], jax.Array] | None = None,
     ) -> tuple[jax.Array, jax.Array]:
         """Two products in flight at once.
@@ -97,6 +104,15 @@ class Products:
             plgpu.wgmma_wait(0)
 
         return lax.optimization_barrier(pl.run_state(issue)(plgpu.ACC.init(total)))
+
+    def accumulate_beside(
+        self, total: jax.Array, a: Operand, b: Operand, other: Pair | None
+    ) -> tuple[jax.Array, Any]:
+        """`total + a b`, and another product (None if there is none), in flight at once."""
+        if other is None:
+            return self.accumulate(total, a, b), None
+        rows, columns = other[0].shape[0], other[1].shape[1]
+        return self.accumulate_both((total, a, b), (zeros(columns, rows), *other))
 
     def accumulate_both(
         self,

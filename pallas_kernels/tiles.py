@@ -13,9 +13,19 @@ ALONG_ROWS = WGMMA.reduce(1)  # one number a row of a tile
 ALONG_COLUMNS = WGMMA.reduce(0)  # one number a column
 
 
-def zeros(columns: int) -> jax.Array:
+def zeros(columns: int, rows: int = TILE) -> jax.Array:
     """A float32 tile of zeros."""
-    return plgpu.layout_cast(jnp.zeros((TILE, columns), jnp.float32), WGMMA)
+    return plgpu.layout_cast(jnp.zeros((rows, columns), jnp.float32), WGMMA)
+
+
+def unknown_zero() -> jax.Array:
+    """0, but the compiler cannot know.
+
+    Offsets of shared memory that count from it are found where they are used. All others LLVM finds
+    before a loop, and where two dozen operands of products do not change with the chunk, their
+    descriptors take two hundred registers: that spilled 384 bytes a thread, and this spills 4.
+    """
+    return lax.optimization_barrier(jnp.int32(0))
 
 
 def iota(axis: int, columns: int = TILE) -> jax.Array:

@@ -13,40 +13,65 @@ are one product. Entries are powers of two, so that both factors are exact.
 """
 
 import dataclasses
-from typing import Protocol
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.products import Operand, Products
-from pallas_kernels.tiles import TILE, iota
+from pallas_kernels.products import Operand, Pair, Products
+from pallas_kernels.tiles import TILE, WGMMA, iota, over_columns, over_rows, unknown_zero
 
 
-class Features(Protocol):
-    """One slice of features of a tile of tokens, or its transpose."""
+class Rows(Protocol):
+    """A slice of features of a tile of tokens, one token a row."""
 
     @property
     def operand(self) -> Operand:
         """In bfloat16, for the matrix unit."""
         ...
 
+    def dot(self, totals: jax.Array) -> jax.Array:
+        """`phi_i(x)·totals` of each token, in float32."""
+        ...
+
+
+class Columns(Protocol):
+    """A slice of features of a tile of tokens, one token a column."""
+
     @property
-    def values(self) -> jax.Array:
-        """In float32, for the normaliser."""
+    def operand(self) -> Operand:
+        """In bfloat16, for the matrix unit."""
+        ...
+
+    def summed(self, weights: jax.Array | None) -> jax.Array:
+        """Features summed over tokens, in float32, with weights of tokens along columns (1)."""
         ...
 
 
 class Side(Protocol):
-    """The feature map of queries, or of keys."""
+    """The feature map of queries, or of keys.
 
-    def rows(self, index: int, x) -> Features:
-        """`phi_i(x)`."""
+    Features may take a product of the matrix unit, which is made by who asks for them, at a time
+    when another one is in flight. A constant feature is the weight of its token: None for 1.
+    """
+
+    def row_product(self, index: int, x) -> Pair | None:
+        """The product that `rows` takes."""
         ...
 
-    def columns(self, index: int, x) -> Features:
-        """`phi_i(x)ᵀ`."""
+    def rows(self, index: int, x, product: Any, weights: jax.Array | None = None) -> Rows:
+        """`phi_i(x)`; weights lie along rows."""
+        ...
+
+    def column_product(self, index: int, x) -> Pair | None:
+        """The product that `columns` takes."""
+        ...
+
+    def columns(self, index: int, x, product: Any, weights: jax.Array | None = None) -> Columns:
+        """`phi_i(x)ᵀ`; weights lie along columns."""
         ...
 
 
@@ -155,35 +180,69 @@ class TaylorSide:
     products: Products
     first: int | jax.Array
 
-    def rows(self, index, x) -> "_Pairs":
+    def row_product(self, index, x):
+        """Both factors of `rows`."""
+        return x, self._selection(index).transpose((1, 0))
+
+    def rows(self, index, x, product, weights=None) -> "_Pairs":
         """`phi_i(x)`."""
-        both = self.products.product(x, self._selection(index).transpose((1, 0)))
-        return _Pairs(*_with_ones(self.first + index, both[:, :TILE], both[:, TILE:], axis=1))
+        del x
+        a, b = product[:, :TILE], product[:, TILE:]
+        return _Pairs(self._left(index, a, 1, weights), self._right(index, b, 1))
 
-    def columns(self, index, x) -> "_Pairs":
+    def column_product(self, index, x):
+        """Both factors of `columns`."""
+        return self._selection(index), x.transpose((1, 0))
+
+    def columns(self, index, x, product, weights=None) -> "_Pairs":
         """`phi_i(x)ᵀ`."""
-        both = self.products.product(self._selection(index), x.transpose((1, 0)))
-        return _Pairs(*_with_ones(self.first + index, both[:TILE], both[TILE:], axis=0))
+        del x
+        a, b = product[:TILE], product[TILE:]
+        return _Pairs(self._left(index, a, 0, weights), self._right(index, b, 0))
 
-    def pull(self, index, x, d_rows: jax.Array, grad: jax.Array) -> jax.Array:
-        """`grad`, the gradient of x `[64, 16]`, plus the chain rule of that of `rows(index, x)`."""
-        pairs = self.rows(index, x)
-        # Ones come from no selection: their rows of L and R are empty.
-        both = jnp.concatenate(
-            [(d_rows * pairs.b).astype(x.dtype), (d_rows * pairs.a).astype(x.dtype)], axis=1
-        )
-        return self.products.accumulate(grad, both, self._selection(index))
+    def pull(self, index, x, past: Pair, then, grad: jax.Array) -> jax.Array:
+        """`grad`, the gradient of x `[64, 16]`, plus the chain rule of `rows`.
+
+        Args:
+          index: the slice.
+          x: the tokens.
+          past: the gradient of the features is what `then` makes of this product.
+          then: see there.
+          grad: the sum so far.
+        """
+        # A factor at a time: both, and the gradient, would be half of all registers. What ones come
+        # from are empty rows of L and R, so that nothing comes of their gradient.
+        both = self._selection(index)
+        left, right = both.at[pl.ds(0, TILE)], both.at[pl.ds(TILE, TILE)]
+        d_rows, b = self.products.products(past, (x, right.transpose((1, 0))), then)
+        d_a = (d_rows * self._right(index, b, 1)).astype(x.dtype)
+        grad, a = self.products.accumulate_beside(grad, d_a, left, (x, left.transpose((1, 0))))
+        d_b = (d_rows * self._left(index, a, 1, None)).astype(x.dtype)
+        return self.products.accumulate(grad, d_b, right)
 
     def _selection(self, index):
-        return self.selections.at[pl.ds(index * 2 * TILE, 2 * TILE)]
+        return self.selections.at[pl.ds((unknown_zero() + index) * 2 * TILE, 2 * TILE)]
 
+    def _left(self, index, a, axis, weights):
+        """With the factor that no selection gives: 1, or a weight, of feature 0."""
+        if self._has_no_ones(index):
+            return a
+        over = over_columns if axis == 1 else over_rows
+        return jnp.where(
+            self._feature(index, axis) == 0, 1.0 if weights is None else over(weights), a
+        )
 
-def _with_ones(index, a, b, axis):
-    """The factors that no selection gives: 1·1 of feature 0, and the 1 of k_i·1."""
-    if isinstance(index, int) and index > 0:
-        return a, b
-    feature = index * TILE + iota(axis)
-    return jnp.where(feature == 0, 1.0, a), jnp.where(feature <= 16, 1.0, b)
+    def _right(self, index, b, axis):
+        """With the factors that no selection gives: 1 of feature 0 and of the k_i."""
+        return (
+            b if self._has_no_ones(index) else jnp.where(self._feature(index, axis) <= 16, 1.0, b)
+        )
+
+    def _has_no_ones(self, index) -> bool:
+        return isinstance(self.first, int) and self.first + index > 0
+
+    def _feature(self, index, axis):
+        return (self.first + index) * TILE + iota(axis)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,11 +257,18 @@ class _Pairs:
     b: jax.Array
 
     @property
-    def operand(self):
-        return self.values.astype(jnp.bfloat16)
+    def operand(self) -> jax.Array:
+        return self._values.astype(jnp.bfloat16)
+
+    def dot(self, totals):
+        return (self._values * over_rows(totals)).sum(axis=1)
+
+    def summed(self, weights):
+        values = self._values
+        return (values if weights is None else values * over_rows(weights)).sum(axis=1)
 
     @property
-    def values(self):
+    def _values(self):
         return self.a * self.b
 
 
@@ -213,19 +279,24 @@ class Identity:
     Attributes:
       size: F, a multiple of 64.
       output_scale: scale.
+      normalized: whether features are summed.
+      has_constant: whether there is one more feature, weights of tokens, in a slice of its own.
     """
 
     size: int
-    output_scale: float
+    output_scale: float = 1.0
+    normalized: bool = False
+    has_constant: bool = False
 
     @property
     def num_slices(self) -> int:
         """Slices of 64 features."""
-        return self.size // TILE
+        return self.size // TILE + self.has_constant
 
     def constants(self) -> tuple[np.ndarray, ...]:
-        """None."""
-        return ()
+        """Where features are summed, a column of ones: the matrix unit sums over tokens."""
+        ones = np.eye(1, 16).repeat(self.num_slices * TILE, axis=0)
+        return (ones.astype(jnp.bfloat16),) if self.normalized else ()
 
     def score(self, dot):
         """`q·k`."""
@@ -238,28 +309,66 @@ class Identity:
 
     def bind(self, constants, products, first) -> tuple["_IdentitySide", "_IdentitySide"]:
         """The maps of queries and of keys."""
-        del constants, products
-        return _IdentitySide(first), _IdentitySide(first)
+        ones = constants[0].at[pl.ds(0, TILE)] if constants else None
+        side = _IdentitySide(self.size // TILE, first, products, ones)
+        return side, side
 
 
 @dataclasses.dataclass(frozen=True)
 class _IdentitySide:
+    num_slices: int  # without that of a constant
     first: int | jax.Array
+    products: Products
+    ones: Operand
 
-    def rows(self, index, x) -> "_Slice":
-        return _Slice(self._columns_of(index, x))
+    def row_product(self, index, x):
+        return None
 
-    def columns(self, index, x) -> "_Slice":
-        return _Slice(self._columns_of(index, x).transpose((1, 0)))
+    def rows(self, index, x, product, weights=None):
+        if self._is_constant(index):
+            one = 1.0 if weights is None else over_columns(weights)
+            return _Constant(jnp.where(iota(1) == 0, one, 0.0).astype(x.dtype))
+        return _Slice(self._columns_of(index, x), self.products, self.ones)
+
+    def column_product(self, index, x):
+        return None
+
+    def columns(self, index, x, product, weights=None):
+        if self._is_constant(index):
+            one = 1.0 if weights is None else over_rows(weights)
+            return _Constant(jnp.where(iota(0) == 0, one, 0.0).astype(x.dtype))
+        return _Slice(self._columns_of(index, x).transpose((1, 0)), self.products, self.ones)
+
+    def _is_constant(self, index) -> bool:
+        return isinstance(self.first, int) and self.first + index == self.num_slices
 
     def _columns_of(self, index, x):
         return x.at[:, pl.ds((self.first + index) * TILE, TILE)]
 
 
 @dataclasses.dataclass(frozen=True)
+class _Constant:
+    """Never summed: it is there where outputs are not normalised."""
+
+    operand: jax.Array
+
+    def dot(self, totals):
+        raise NotImplementedError
+
+    def summed(self, weights):
+        raise NotImplementedError
+
+
+@dataclasses.dataclass(frozen=True)
 class _Slice:
     operand: Operand
+    products: Products
+    ones: Operand
 
-    @property
-    def values(self):
-        raise NotImplementedError("the identity map is not normalised")
+    def dot(self, totals):
+        values = plgpu.load(self.operand, layout=WGMMA).astype(jnp.float32)
+        return (values * over_rows(totals)).sum(axis=1)
+
+    def summed(self, weights):
+        assert weights is None  # those of tokens that do not write: their features are zeros
+        return self.products.product(self.operand, self.ones).sum(axis=1)

@@ -19,10 +19,11 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.linear_attention.documents import Chunk, Documents, PackedChunk
 from pallas_kernels.linear_attention.features import FeatureMap
-from pallas_kernels.linear_attention.state import Copy
+from pallas_kernels.linear_attention.state import Copy, State, load_state, zero_state
 from pallas_kernels.products import Products
-from pallas_kernels.tiles import TILE, iota
+from pallas_kernels.tiles import TILE
 
 States = tuple[jax.Array, jax.Array | None]
 """States of every head and group, float32: sums `[B,heads,groups,D,H]` and, where outputs are
@@ -70,15 +71,14 @@ class Plan:
         Args:
           body: the kernel.
           *arrays: its inputs, after the feature map's matrices.
-          grid: sizes of the grid's axes. A CTA has all slices of the state, or one if "slice" is
-            an axis.
+          grid: sizes of the grid's axes. Slices of the state are divided among the axis "slice".
           out_type: shapes of its outputs.
           scratch: its scratch, by argument.
           commits: whether every step commits its writes to shared memory before anything there is
             overwritten. Those are barriers of the warpgroup, and the compiler need add none.
         """
         constants = tuple(jnp.asarray(c) for c in self.feature_map.constants())
-        parts = self.slices if "slice" in grid else 1
+        parts = grid.get("slice", 1)
         own = {
             "constants": tuple(
                 plgpu.SMEM((c.shape[0] // parts, c.shape[1]), c.dtype) for c in constants
@@ -112,19 +112,20 @@ class Plan:
         queries, keys = self.feature_map.bind(constants, self.products, first)
         return (keys, queries) if self.transposed else (queries, keys)
 
-    def walk(self, step, arrays, *, length: int, heads: int, stages: int, state):
-        """Calls `step(tokens, *tiles, state) -> state` on every chunk of a CTA, in order.
+    def walk(self, step, arrays, documents, *, heads: int, stages: int, state):
+        """Calls `step(chunk, *tiles, state) -> state` on every chunk of a CTA, in order.
 
         Args:
-          step: its `tokens` is the chunk's slice of the sequence.
+          step: its `chunk` is a `Chunk`.
           arrays: `(array, kind)`, the kind of tile being "whole" for `[64, F]` of `[B,T,heads,F]`,
-            "block" for the CTA's 64 columns of it, "token" for `[64]` of `[B,heads,T]`.
-          length: T.
+            "block" for the CTA's 64 columns of it, "token" for `[64]` of `[B,heads,T]`. Instead of
+            arrays that are None, `step` is given None.
+          documents: `Documents` or None.
           heads: heads of the grid.
           stages: chunks in flight.
           state: the state to start from.
         """
-        chunks = length // (TILE * self.groups)
+        chunks = arrays[0][0].shape[1] // (TILE * self.groups)
         batch, head = lax.axis_index("batch"), lax.axis_index("head")
         group, block = lax.axis_index("group"), lax.axis_index("block")
 
@@ -140,17 +141,24 @@ class Plan:
                 (None, TILE, None, width), lambda i: (batch, chunk(i), own, column)
             )
 
+        given = [pair for pair in arrays if pair[0] is not None]
+        specs, inputs = [spec(*pair) for pair in given], [array for array, _ in given]
+        if documents is not None:
+            row = plgpu.BlockSpec((None, TILE), lambda i: (batch, chunk(i)))
+            owners = plgpu.BlockSpec((None, None, 4), lambda i: (batch, chunk(i), 0))
+            specs, inputs = [*specs, row, row, owners], [*inputs, *documents]
+
         def body(index, *tiles_and_state):
-            return step(pl.ds(chunk(index[0]) * TILE, TILE), *tiles_and_state)
+            *refs, state = tiles_and_state
+            tiles = iter(refs)
+            of_step = [None if array is None else next(tiles) for array, _ in arrays]
+            place = pl.ds(chunk(index[0]) * TILE, TILE), self.transposed
+            here = Chunk(*place) if documents is None else PackedChunk(*place, Documents(*tiles))
+            return step(here, *of_step, state)
 
         return plgpu.emit_pipeline(
-            body, grid=(chunks,), in_specs=[spec(*pair) for pair in arrays],
-            max_concurrent_steps=stages, init_carry=state,
-        )(*(array for array, _ in arrays))  # fmt: skip
-
-    def seen(self) -> jax.Array:
-        """Where a tile `[readers, writers]` of one chunk is causal."""
-        return iota(0) <= iota(1) if self.transposed else iota(0) >= iota(1)
+            body, grid=(chunks,), in_specs=specs, max_concurrent_steps=stages, init_carry=state
+        )(*inputs)
 
     def states_type(self, batch: int, heads: int, values: int):
         """The shapes of `States`."""
@@ -167,6 +175,12 @@ class Plan:
         at = lax.axis_index("batch"), head, lax.axis_index("group")
         values = pl.ds(lax.axis_index("block") * TILE, TILE)
         return sums.at[(*at, slice(None), values)], None if totals is None else totals.at[at]
+
+    def start(self, states, heads: int) -> State:
+        """The state that the CTA starts from: zeros if there are no `States`."""
+        if states is None:
+            return zero_state(self.slices, self.normalize)
+        return load_state(*self.of_cta(states, heads), self.slices)
 
     def copy_scratch(self) -> Copy:
         """Scratch of a state's copy."""

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.linear_attention.documents import Chunk
 from pallas_kernels.linear_attention.features import Side
 from pallas_kernels.products import Products
 from pallas_kernels.tiles import (
@@ -20,7 +21,7 @@ from pallas_kernels.tiles import (
     ALONG_ROWS,
     TILE,
     WGMMA,
-    over_rows,
+    unknown_zero,
 )
 
 
@@ -76,11 +77,15 @@ class Copy(NamedTuple):
 
     def renew(self, state: State) -> None:
         """Writes the state and makes it visible to the matrix unit."""
-        for ref, tile in zip(self.tiles, state.tiles, strict=True):
-            ref[...] = tile.astype(jnp.bfloat16)
+        for i, tile in enumerate(state.tiles):
+            self.tile(i)[...] = tile.astype(jnp.bfloat16)
         for ref, total in zip(self.totals, state.totals, strict=True):
             ref[...] = total
         plgpu.commit_smem()
+
+    def tile(self, index: int):
+        """A slice of the sums, found anew."""
+        return self.tiles[index].at[pl.ds(unknown_zero() * TILE, TILE)]
 
     def totals_of(self, index: int) -> jax.Array:
         """The totals of a slice, for a tile with the features along its columns."""
@@ -90,20 +95,35 @@ class Copy(NamedTuple):
 def absorb(
     state: State,
     side: Side,
+    chunk: Chunk,
     y,
     w,
     products: Products,
     weights: jax.Array | None = None,
+    constant: jax.Array | None = None,
 ) -> State:
-    """Adds a chunk.
+    """Adds a chunk: `S += phi(y)ᵀ w`, `z += phi(y)` times weights.
 
-    `S += phi(y)ᵀ w`, and the totals grow by `phi(y)` times the tokens' weights (1).
+    While one slice is being added, the matrix unit makes the features of the next.
+
+    Args:
+      state: S and z.
+      side: phi.
+      chunk: the chunk.
+      y: tokens that write; those that do not belong to the new state are lost.
+      w: what they write.
+      products: the matrix unit.
+      weights: of tokens, along columns, in z; None for ones.
+      constant: the constant feature of tokens, along columns; None for ones.
     """
+    chunk.silence(y)
+    state, constant = chunk.keep(state), chunk.weights(constant)
     tiles, totals = list(state.tiles), list(state.totals)
+    product = products.maybe(side.column_product(0, y))
     for i in range(len(tiles)):
-        columns = side.columns(i, y)
+        columns = side.columns(i, y, product, constant)
         if totals:
-            values = columns.values
-            totals[i] += (values if weights is None else values * over_rows(weights)).sum(axis=1)
-        tiles[i] = products.accumulate(tiles[i], columns.operand, w)
+            totals[i] += columns.summed(weights)
+        following = side.column_product(i + 1, y) if i + 1 < len(tiles) else None
+        tiles[i], product = products.accumulate_beside(tiles[i], columns.operand, w, following)
     return State(tuple(tiles), tuple(totals))

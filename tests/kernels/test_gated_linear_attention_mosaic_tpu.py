@@ -58,7 +58,7 @@ def values_and_gradients(implementation, documents, arrays, cotangents):
     def run(q, k, v, log_decay, start):
         return gated_linear_attention(
             q, k, v, log_decay, segment_ids=documents, initial_state=start, return_state=True,
-            implementation=implementation,
+            chunk_size=16, implementation=implementation,
         )  # fmt: skip
 
     values, pull = jax.vjp(run, *arrays)

@@ -1,40 +1,94 @@
-"""The Hopper kernels without a GPU: simulated, against the recurrence, and lowered for CUDA."""
+"""The Hopper kernels without a GPU: simulated, against the XLA form, and lowered for CUDA."""
+
+import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lcattn.ops import LinearAttentionState, linear_attention
+from lcattn.ops import dispatch, linear_attention, linear_attention_state
+from pallas_kernels.linear_attention import mosaic_gpu
 from pallas_kernels.linear_attention.config import LaunchConfig, heuristic
-from pallas_kernels.linear_attention.mosaic_gpu import linear_attention as kernel
+
+kernel = mosaic_gpu.linear_attention
 
 
-def inputs(B, T, N, K, F, H, D, normalize, seed=0):
-    """q, k, v, an initial state, and cotangents of the output and of the final state."""
-    draw = np.random.default_rng(seed)
+# A document may fill a chunk, begin with it or inside, and go on from one group to the next.
+PACKED = [[2] * 64 + [3] * 74 + [-1] * 10 + [5] + [6] * 91]
+PADDED = [[-1] * 3 + [2] * 30 + [3] * 67, [-1] * 100]
+
+CASES = {
+    # name: (B, T, N, K, F, H), options, documents, groups
+    "taylor, packed": (
+        (1, 240, 1, 1, 16, 64), {"feature_map": "taylor", "scale": 0.3}, PACKED, 2,
+    ),
+    "taylor, ragged, grouped queries": (
+        (1, 100, 2, 1, 16, 64), {"feature_map": "taylor"}, None, 2,
+    ),
+    "taylor, plain, blocks of values": (
+        (1, 64, 1, 1, 16, 128), {"feature_map": "taylor", "normalize": False}, None, 1,
+    ),
+    "elu, packed, padded": ((2, 100, 1, 1, 64, 64), {"feature_map": "elu"}, PADDED, 2),
+    "elu, ragged, wide": ((1, 100, 1, 1, 128, 64), {"feature_map": "elu"}, None, 1),
+    "identity, packed, grouped queries": (
+        (1, 240, 2, 1, 64, 64), {"feature_map": "identity", "scale": 0.5}, PACKED, 1,
+    ),
+    "identity, in groups": ((1, 128, 1, 1, 64, 64), {"feature_map": "identity"}, None, 2),
+}  # fmt: skip
+
+
+@pytest.fixture
+def simulated(monkeypatch):
+    """Makes the op run the kernels in the simulator, with as many groups as a case says."""
+    run = mosaic_gpu.linear_attention
+
+    def simulate(groups):
+        config = LaunchConfig(groups=groups)
+        kernel = functools.partial(run, config=config, interpret=True)
+        monkeypatch.setattr(mosaic_gpu, "linear_attention", kernel)
+        monkeypatch.setattr(dispatch, "on_hopper", lambda: True)
+
+    return simulate
+
+
+def inputs(B, T, N, K, F, H, feature_map, normalize=None):
+    """q, k, v, an initial state; cotangents of the output and of the final state."""
+    draw = np.random.default_rng(0)
 
     def normal(*shape, dtype=jnp.bfloat16):
         return jnp.asarray(draw.normal(size=shape), dtype)
 
+    empty = linear_attention_state(B, K, F, H, feature_map=feature_map, normalize=normalize)
+
     def state():
-        totals = normal(B, K, D, dtype=jnp.float32) if normalize else None
-        return normal(B, K, D, H, dtype=jnp.float32), totals
+        return jax.tree.map(lambda x: normal(*x.shape, dtype=jnp.float32), empty)
 
     start = state()
-    if normalize:  # weights are positive, so the past has a positive sum
-        start = start[0], jnp.zeros((B, K, D)).at[:, :, 0].set(20.0)
-    arrays = normal(B, T, N, F), normal(B, T, K, F), normal(B, T, K, H)
-    return arrays, start, (normal(B, T, N, H), state())
+    if start.normalizer is not None:  # weights are positive, so the past has a positive sum
+        first = jnp.zeros_like(start.normalizer).at[:, :, 0].set(20.0)
+        totals = first if feature_map == "taylor" else 9 + start.normalizer**2
+        start = dataclasses.replace(start, normalizer=totals)
+    arrays = normal(B, T, N, F), normal(B, T, K, F), normal(B, T, K, H), start
+    return arrays, (normal(B, T, N, H), state())
 
 
-def recurrence(q, k, v, start, **options):
-    state = None if start is None else LinearAttentionState(kv=start[0], normalizer=start[1])
-    wide = (x.astype(jnp.float32) for x in (q, k, v))
-    out, final = linear_attention(
-        *wide, **options, initial_state=state, return_state=True, implementation="reference"
-    )
-    return out, (final.kv, final.normalizer)
+def values_and_gradients(implementation, name, widen=False):
+    """The output and the final state, then the gradients of q, k, v and the initial state."""
+    shape, options, documents, _ = CASES[name]
+    case = inputs(*shape, options["feature_map"], options.get("normalize"))
+    if widen:
+        case = jax.tree.map(lambda x: x.astype(jnp.float32), case)
+
+    def run(q, k, v, start):
+        return linear_attention(
+            q, k, v, **options, segment_ids=None if documents is None else jnp.asarray(documents),
+            initial_state=start, return_state=True, implementation=implementation,
+        )  # fmt: skip
+
+    values, pull = jax.vjp(run, *case[0])
+    return values, pull(case[1])
 
 
 def assert_close(got, want, tolerance):
@@ -43,53 +97,33 @@ def assert_close(got, want, tolerance):
         assert np.linalg.norm(a - b) <= tolerance * np.linalg.norm(b)
 
 
-CASES = {
-    # name: (B, T, N, K, F, H, D), feature map, normalise, scale, groups
-    "taylor, ragged, grouped queries": ((1, 100, 2, 1, 16, 64, 153), "taylor", True, 0.3, 2),
-    "taylor, plain": ((1, 64, 1, 1, 16, 64, 153), "taylor", False, 0.25, 1),
-    "identity, grouped queries": ((1, 128, 2, 1, 64, 64, 64), "identity", False, 0.125, 2),
-}
-
-
 @pytest.mark.parametrize("name", CASES)
-def test_values_and_final_state_agree_with_the_recurrence(name):
-    shape, feature_map, normalize, scale, groups = CASES[name]
-    arrays, start, _ = inputs(*shape, normalize)
-    options = {"feature_map": feature_map, "scale": scale, "normalize": normalize}
-    got = kernel(*arrays, start, **options, config=LaunchConfig(groups=groups), interpret=True)
-    assert_close(got, recurrence(*arrays, start, **options), 4e-3)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", CASES)
-def test_every_gradient_agrees_with_the_recurrence(name):
-    shape, feature_map, normalize, scale, groups = CASES[name]
-    arrays, start, cotangents = inputs(*shape, normalize)
-    options = {"feature_map": feature_map, "scale": scale, "normalize": normalize}
-
-    def run(*args):
-        return kernel(*args, **options, config=LaunchConfig(groups=groups), interpret=True)
-
-    (out, _), pull = jax.vjp(run, *arrays, start)
-    assert out.dtype == jnp.bfloat16
-    _, pull_back = jax.vjp(lambda *args: recurrence(*args, **options), *arrays, start)
-    wide = (cotangents[0].astype(jnp.float32), cotangents[1])
-    assert_close(pull(cotangents), pull_back(wide), 6e-3)
+def test_values_states_and_every_gradient_agree_with_the_xla_form(name, simulated):
+    simulated(CASES[name][3])
+    values, gradients = values_and_gradients("mosaic_gpu", name)
+    wanted_values, wanted_gradients = values_and_gradients("xla", name, widen=True)
+    assert values[0].dtype == jnp.bfloat16
+    assert_close(values, wanted_values, 5e-3)
+    assert_close(gradients, wanted_gradients, 8e-3)
+    documents = CASES[name][2]
+    if documents is not None:
+        assert not np.asarray(values[0])[np.asarray(documents) < 0].any()
 
 
 @pytest.mark.parametrize(
-    ("B", "T", "N", "K", "F", "H", "feature_map"),
+    ("B", "T", "N", "K", "F", "H", "feature_map", "normalize", "packed"),
     [
-        (16, 2048, 16, 16, 16, 64, "taylor"),
-        (1, 32768, 16, 4, 16, 128, "taylor"),
-        (1, 32000, 16, 16, 128, 128, "identity"),
+        (16, 2048, 16, 16, 16, 64, "taylor", True, False),
+        (1, 32768, 16, 4, 16, 128, "taylor", True, True),
+        (1, 32000, 16, 16, 128, 128, "identity", True, True),
+        (1, 32000, 16, 16, 128, 128, "identity", False, False),
     ],
     ids=str,
 )
-def test_gradients_lower_for_cuda(B, T, N, K, F, H, feature_map):
-    def loss(q, k, v):
+def test_gradients_lower_for_cuda(B, T, N, K, F, H, feature_map, normalize, packed):
+    def loss(q, k, v, documents):
         out, _ = kernel(
-            q, k, v, feature_map=feature_map, scale=F**-0.5, normalize=feature_map == "taylor"
+            q, k, v, None, documents, feature_map=feature_map, scale=F**-0.5, normalize=normalize
         )
         return out.astype(jnp.float32).sum()
 
@@ -97,8 +131,9 @@ def test_gradients_lower_for_cuda(B, T, N, K, F, H, feature_map):
         jax.ShapeDtypeStruct((B, T, heads, size), jnp.bfloat16)
         for heads, size in ((N, F), (K, F), (K, H))
     ]
+    documents = jax.ShapeDtypeStruct((B, T), jnp.int32) if packed else None
     gradient = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))
-    text = gradient.trace(*arrays).lower(lowering_platforms=("cuda",)).as_text()
+    text = gradient.trace(*arrays, documents).lower(lowering_platforms=("cuda",)).as_text()
     assert "mosaic_gpu" in text
 
 
@@ -122,7 +157,7 @@ def test_launch_parameters_are_checked(field):
         ({"H": 80}, "that 64 divides, not H=80"),
         ({"dtype": jnp.float32}, "take bfloat16, not float32"),
         ({"feature_map": "elu"}, "know the feature maps 'taylor' and 'identity', not 'elu'"),
-        ({"feature_map": "identity", "F": 64}, "do not normalise the identity map"),
+        ({"feature_map": "identity", "F": 32}, "the identity map of F=64 or 128, not F=32"),
     ],
 )
 def test_a_call_that_is_not_served_is_told_why(change, message):

@@ -21,7 +21,7 @@ def attend(
     q: Array,
     k: Array,
     v: Array,
-    segment_ids: None,
+    segment_ids: Array | None,
     state: LinearAttentionState | None,
     *,
     normalize: bool,
@@ -32,9 +32,11 @@ def attend(
     """Outputs `[B,T,N,H]` and the final state, of a call that `objection` lets pass."""
     from pallas_kernels.linear_attention import mosaic_gpu
 
-    del segment_ids, causal, chunk_size
-    run = mosaic_gpu.linear_attention
-    return attend_by(run, similarity, q, k, v, state, normalize=normalize, scale=scale)
+    del causal, chunk_size
+    return attend_by(
+        mosaic_gpu.linear_attention, similarity, q, k, v, segment_ids, state,
+        normalize=normalize, scale=scale,
+    )  # fmt: skip
 
 
 def attend_by(
@@ -43,6 +45,7 @@ def attend_by(
     q: Array,
     k: Array,
     v: Array,
+    segment_ids: Array | None,
     state: LinearAttentionState | None,
     *,
     normalize: bool,
@@ -51,7 +54,7 @@ def attend_by(
     """Attention by kernels `run`, whose state is a pair of arrays."""
     state = checked(state, normalize, similarity, k, v)
     out, (kv, normalizer) = run(
-        q, k, v, None if state is None else (state.kv, state.normalizer),
+        q, k, v, None if state is None else (state.kv, state.normalizer), _documents(segment_ids),
         feature_map="taylor" if similarity is TAYLOR else "identity",
         normalize=normalize, **options,
     )  # fmt: skip
@@ -70,22 +73,19 @@ def objection(
     chunk_size: int | None,
 ) -> str | None:
     """Why the kernel cannot serve a call, in words."""
-    del chunk_size
+    del normalize, segment_ids, chunk_size
     if not dispatch.on_hopper():
         return "needs a Hopper GPU (compute capability 9.0)"
     if not causal:
         return "is causal"
-    if segment_ids is not None:
-        return "does not know segment_ids"
     if not isinstance(feature_map, str):
         return "knows no feature map but its own"
     # Imported where it can run: it takes longer to import than the rest of the ops.
     from pallas_kernels.linear_attention import mosaic_gpu
 
-    return mosaic_gpu.objection(
-        feature_map=feature_map, normalize=normalize, dtype=dtype, F=sizes.F, H=sizes.H,
-        scale=scale,
-    )  # fmt: skip
+    # elu + 1 is applied outside; what is left is the identity.
+    kind = "taylor" if feature_map == "taylor" else "identity"
+    return mosaic_gpu.objection(feature_map=kind, dtype=dtype, F=sizes.F, H=sizes.H, scale=scale)
 
 
 def pays(*, sizes: Sizes, chunk_size: int | None, **call) -> bool:
@@ -96,3 +96,13 @@ def pays(*, sizes: Sizes, chunk_size: int | None, **call) -> bool:
     """
     del call
     return sizes.T >= _PAYS_FROM and chunk_size is None and jax.device_count() == 1
+
+
+def _documents(segment_ids: Array | None) -> Array | None:
+    """Ids with 0 for the first document of each row and -1 for padding."""
+    if segment_ids is None:
+        return None
+    padding = segment_ids < 0
+    largest = jnp.iinfo(segment_ids.dtype).max
+    first = jnp.min(jnp.where(padding, largest, segment_ids), axis=1, keepdims=True)
+    return jnp.where(padding, -1, segment_ids - first).astype(jnp.int32)

@@ -32,8 +32,8 @@ def attend(
 
     del causal, chunk_size
     return attend_by(
-        mosaic_tpu.linear_attention, similarity, q, k, v, state,
-        documents=_documents(segment_ids), normalize=normalize, scale=scale,
+        mosaic_tpu.linear_attention, similarity, q, k, v, segment_ids, state,
+        normalize=normalize, scale=scale,
     )  # fmt: skip
 
 
@@ -72,13 +72,3 @@ def pays(*, sizes: Sizes, chunk_size: int | None, **call) -> bool:
     """
     del call
     return sizes.T >= _PAYS_FROM and chunk_size is None and jax.device_count() == 1
-
-
-def _documents(segment_ids: Array | None) -> Array | None:
-    """Ids with 0 for the first document of each row and -1 for padding."""
-    if segment_ids is None:
-        return None
-    padding = segment_ids < 0
-    largest = jnp.iinfo(segment_ids.dtype).max
-    first = jnp.min(jnp.where(padding, largest, segment_ids), axis=1, keepdims=True)
-    return jnp.where(padding, -1, segment_ids - first).astype(jnp.int32)

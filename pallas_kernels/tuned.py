@@ -1,8 +1,8 @@
 """Launch parameters that were the fastest where they were measured, one table a kernel.
 
-A table lies beside this file, written by `python -m benchmarks.tune KERNEL` on one GPU. A call
-finds the entry whose sizes are its own, each rounded to a power of two; other calls keep to the
-kernel's formula. The tables are of an H200; an H100 has as many multiprocessors.
+Tables lie in `pallas_kernels/tables`, written by `python -m benchmarks.tune KERNEL` on one GPU. A
+call finds the entry whose sizes are its own, each rounded to a power of two; other calls keep to
+the kernel's formula. The tables are of an H200; an H100 has as many multiprocessors.
 """
 
 import contextlib
@@ -52,7 +52,7 @@ def rounded(sizes: Mapping[str, int]) -> tuple[tuple[str, int], ...]:
 
 @functools.cache
 def _table(kernel: str) -> dict[tuple[tuple[str, int], ...], Fields]:
-    file = resources.files(__package__) / f"{kernel}.json"
+    file = resources.files("pallas_kernels") / "tables" / f"{kernel}.json"
     if not file.is_file():
         return {}
     return {
