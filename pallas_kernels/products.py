@@ -121,18 +121,26 @@ class Products:
         meanwhile: Callable[[], None] = lambda: None,
     ) -> tuple[jax.Array, jax.Array]:
         """Two sums `total + a b`, in flight at once; `meanwhile` is called while they are."""
+        return self.accumulate_all(first, second, meanwhile=meanwhile)  # pyrefly: ignore
+
+    def accumulate_all(
+        self,
+        *sums: tuple[jax.Array, Operand, Operand],
+        meanwhile: Callable[[], None] = lambda: None,
+    ) -> tuple[jax.Array, ...]:
+        """Sums `total + a b`, in flight at once; `meanwhile` is called while they are."""
         if self.interpret:
-            results = self.accumulate(*first), self.accumulate(*second)
+            results = tuple(self.accumulate(*each) for each in sums)
             meanwhile()
             return results
 
         def issue(accs):
-            plgpu.wgmma(accs[0], *first[1:])
-            plgpu.wgmma(accs[1], *second[1:])
+            for acc, (_, a, b) in zip(accs, sums, strict=True):
+                plgpu.wgmma(acc, a, b)
             meanwhile()
             plgpu.wgmma_wait(0)
 
-        totals = (plgpu.ACC.init(first[0]), plgpu.ACC.init(second[0]))
+        totals = tuple(plgpu.ACC.init(total) for total, *_ in sums)
         return lax.optimization_barrier(pl.run_state(issue)(totals))
 
     def attend(
