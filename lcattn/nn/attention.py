@@ -111,8 +111,8 @@ class KeyValueCache:
     """Keys and values of the past.
 
     Attributes:
-      k, v: `[B,S,K,H]`. Without a window, slot s holds position s; with one, the newest key is
-        last and slots before the stream's start are unused.
+      k, v: `[B,S,K,H]`. Slot s holds position s; with a window, S slots hold the last S positions
+        in a ring, position p in slot p mod S.
       length: number of tokens seen, a scalar int32.
     """
 

@@ -5,6 +5,7 @@ from typing import Any, ClassVar, override
 
 import jax.numpy as jnp
 from flax import nnx
+from jax import lax
 
 from lcattn import ops
 from lcattn.nn.attention import AttentionConfig, CachedAttention, KeyValueCache
@@ -47,33 +48,55 @@ class SoftmaxAttention(CachedAttention[SoftmaxAttentionConfig]):
 
     @override
     def init_state(self, batch_size: int, max_length: int, dtype=None) -> KeyValueCache:
-        """An empty cache of `max_length` slots, or of `window - 1`."""
-        window = self.config.window
-        return super().init_state(batch_size, max_length if window is None else window - 1, dtype)
+        """An empty cache of `max_length` slots, or of `window`."""
+        return super().init_state(batch_size, self.config.window or max_length, dtype)
 
     @override
-    def _extend(self, q: Array, k: Array, v: Array, state: KeyValueCache):
+    def _extend(
+        self, q: Array, k: Array, v: Array, state: KeyValueCache
+    ) -> tuple[Array, Array, Array]:
         if self.config.window is None:
             return super()._extend(q, k, v, state)
-        slots = state.k.shape[1]
-        k = jnp.concatenate([state.k, k.astype(state.k.dtype)], axis=1)
-        v = jnp.concatenate([state.v, v.astype(state.v.dtype)], axis=1)
+        if q.shape[1] == 1 and self.config.position_encoding != "alibi":
+            return self._extend_by_one(q, k, v, state, self.config.window)
+        return self._extend_by_many(q, k, v, state, self.config.window)
+
+    def _extend_by_one(self, q, k, v, state, window: int) -> tuple[Array, Array, Array]:
+        slot = state.length % window
+        k, v = (
+            lax.dynamic_update_slice_in_dim(ring, new.astype(ring.dtype), slot, axis=1)
+            for ring, new in ((state.k, k), (state.v, v))
+        )
+        # All that the ring holds is in sight, in whatever order.
+        last = jnp.minimum(state.length, window - 1)
+        out = self._attend(
+            q, k.astype(q.dtype), v.astype(q.dtype), window=None, query_position=last
+        )
+        return out, k, v
+
+    def _extend_by_many(self, q, k, v, state, window: int) -> tuple[Array, Array, Array]:
+        # In order of time; in a young stream, the first ones are at negative positions.
+        k, v = (
+            jnp.concatenate([jnp.roll(ring, -state.length, axis=1), new.astype(ring.dtype)], axis=1)
+            for ring, new in ((state.k, k), (state.v, v))
+        )
         out = self._attend(
             q, k.astype(q.dtype), v.astype(q.dtype),
-            query_position=state.length, key_position=state.length - slots,
+            query_position=state.length, key_position=state.length - window,
         )  # fmt: skip
-        first = k.shape[1] - slots
-        return out, k[:, first:], v[:, first:]
+        end = state.length + q.shape[1]
+        k, v = (jnp.roll(x[:, -window:], end, axis=1) for x in (k, v))
+        return out, k, v
 
     @override
     def _attend(self, q: Array, k: Array, v: Array, **options: Any) -> Any:
         config = self.config
         use_alibi = config.position_encoding == "alibi"
+        options.setdefault("window", config.window)
         return ops.softmax_attention(
             q,
             k,
             v,
-            window=config.window,
             alibi_slopes=ops.alibi_slopes(config.num_heads) if use_alibi else None,
             implementation=config.implementation,
             **options,

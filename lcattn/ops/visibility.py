@@ -44,6 +44,8 @@ class Visibility(NamedTuple):
         edges takes a GPU many small kernels, and a compiler long.
         """
         T = self.queries.shape[1]
+        if T == 1:
+            return self.mask().sum(axis=-1, dtype=jnp.int32)
         first = self.queries.max(axis=1, keepdims=True) - (T - 1)
 
         def place(positions: Array) -> Array:

@@ -20,7 +20,7 @@ def test_state_sizes():
     assert full.state_bytes(100) == 2 * 100 * 2 * 8 * 4 + 4
     assert full.state_bytes(100, "bfloat16") == 2 * 100 * 2 * 8 * 2 + 4
     sliding = make(SoftmaxAttentionConfig(num_heads=4, window=16))
-    assert sliding.state_bytes(100) == sliding.state_bytes(10_000) == 2 * 15 * 32 * 4 + 4
+    assert sliding.state_bytes(100) == sliding.state_bytes(10_000) == 2 * 16 * 32 * 4 + 4
     linear = make(LinearAttentionConfig(num_heads=4, feature_dim=16))
     assert linear.state_bytes(100) == linear.state_bytes(10_000) == 4 * 153 * (8 + 1) * 4
     assert linear.state_bytes(100, "bfloat16") == linear.state_bytes(100)  # float32 all the same

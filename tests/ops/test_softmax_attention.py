@@ -9,6 +9,7 @@ import pytest
 from compiled import ops
 
 from lcattn.ops import softmax_attention
+from lcattn.ops.softmax_attention import cudnn
 from lcattn.testing.conformance.compare import assert_close
 
 B, T, N, K, H = 2, 21, 4, 2, 8
@@ -99,6 +100,49 @@ def test_queries_amid_a_long_cache_across_a_block_boundary(window):
         run(q, k, v, query_position=450, implementation=name) for name in ("xla", "reference")
     )
     assert_close("output", found, expected, 1e-6)
+
+
+def test_one_query_against_a_long_cache_in_one_piece():
+    q, k, v = draw(0, 1, 1, 4, 8), draw(1, 1, 1100, 2, 8), draw(2, 1, 1100, 2, 8)
+    run = jax.jit(
+        functools.partial(ops.softmax_attention, window=300), static_argnames="implementation"
+    )
+    found, expected = (
+        run(q, k, v, query_position=450, implementation=name) for name in ("xla", "reference")
+    )
+    assert_close("output", found, expected, 1e-6)
+
+
+@pytest.fixture
+def cudnn_as_xla(monkeypatch):
+    """Calls meant for cuDNN, answered by the same function of JAX without it."""
+    attend = jax.nn.dot_product_attention
+    monkeypatch.setattr(
+        jax.nn,
+        "dot_product_attention",
+        lambda *args, **options: attend(*args, **options | {"implementation": "xla"}),
+    )
+    monkeypatch.setattr(cudnn.dispatch, "default_platform", lambda: "gpu")
+
+
+def test_cudnn_decodes_from_a_half_filled_cache(cudnn_as_xla):
+    shapes = (2, 1, 4, 8), (2, 24, 2, 8), (2, 24, 2, 8)
+    q, k, v = (draw(i, *shape).astype(jnp.bfloat16) for i, shape in enumerate(shapes))
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def value_and_gradients(implementation, position):
+        def loss(q, k, v):
+            out = softmax_attention(q, k, v, query_position=position, implementation=implementation)
+            return jnp.sum(jnp.sin(out.astype(jnp.float32))), out
+
+        return jax.grad(loss, (0, 1, 2), has_aux=True)(q, k, v)
+
+    for position in (-1, 0, 17):
+        found, expected = (value_and_gradients(name, position) for name in (None, "reference"))
+        for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+            np.testing.assert_allclose(*(np.asarray(x, np.float32) for x in (a, b)), atol=2e-2)
+    with pytest.raises(ValueError, match="'cudnn' decodes from a cache that begins with the first"):
+        softmax_attention(q, k, v, query_position=17, window=5, implementation="cudnn")
 
 
 def test_memory_of_a_gradient_grows_with_the_length():

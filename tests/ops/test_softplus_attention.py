@@ -202,3 +202,30 @@ def test_segments_and_positions_exclude_each_other():
     ids = jnp.zeros((1, 9), jnp.int32)
     with pytest.raises(ValueError, match="segment_ids: expected None where positions are given"):
         ops.softplus_attention(*_draw(), segment_ids=ids, query_position=0)
+
+
+@pytest.mark.parametrize("power", [None, 15.0])
+def test_one_query_against_a_half_filled_cache(power):
+    """In one piece, and as the definition has it, with shared key heads."""
+    rng = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(rng.standard_normal((2, *s))) for s in [(1, 4, 8), (9, 2, 8), (9, 2, 8)])
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def value_and_gradients(implementation, position):
+        def loss(q, k, v):
+            out = ops.softplus_attention(
+                q, k, v, power=power, query_position=position, implementation=implementation
+            )
+            return jnp.sum(jnp.sin(out)), out
+
+        return jax.grad(loss, (0, 1, 2), has_aux=True)(q, k, v)
+
+    for position in (0, 5):
+        found, expected = (value_and_gradients(name, position) for name in (None, "reference"))
+        for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-12)
+
+
+def test_the_step_takes_one_query():
+    with pytest.raises(ValueError, match="'step' takes one query, not T=9"):
+        ops.softplus_attention(*_draw(), implementation="step")

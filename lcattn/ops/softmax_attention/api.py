@@ -4,7 +4,8 @@ import jax.numpy as jnp
 
 from lcattn.errors import argument_error
 from lcattn.ops import checks, dispatch
-from lcattn.ops.softmax_attention import block_sparse, chunked, dense
+from lcattn.ops.block_sparse_attention import visible
+from lcattn.ops.softmax_attention import block_sparse, chunked, cudnn, dense
 from lcattn.ops.softmax_attention.alibi import Alibi
 from lcattn.ops.visibility import visibility
 from lcattn.typing import Array, Float, Int, SegmentIds
@@ -12,9 +13,11 @@ from lcattn.typing import Array, Float, Int, SegmentIds
 dispatch.declare(
     "softmax_attention",
     {
-        "cudnn": dispatch.Implementation(dense.cudnn, dense.cudnn_objection),
+        "cudnn": dispatch.Implementation(cudnn.attend, cudnn.objection),
+        "block_sparse": dispatch.Implementation(
+            block_sparse.attend, block_sparse.objection, visible.pays
+        ),
         "xla": dispatch.Implementation(chunked.attend_xla),
-        "block_sparse": dispatch.Implementation(block_sparse.attend, block_sparse.objection),
         "reference": dispatch.Implementation(dense.reference),
     },
 )
@@ -67,8 +70,9 @@ def softmax_attention(
       key_position: position of the first key. Keys at negative positions do not exist.
       return_lse: also return the log of each softmax denominator, `[B,T,N]` float32, -inf where
         no key is seen. Gradients flow through it, so that partial results can be merged.
-      implementation: "cudnn" (GPU), "xla" (anywhere), "block_sparse" (by a plan of blocks, in the
-        best form of `block_sparse_attention`), "reference" (the definition, T·S memory), or None
+      implementation: "cudnn" (GPU; whole sequences, and one token against a cache), "block_sparse"
+        (by a plan of blocks, in the best form of `block_sparse_attention`; unasked where kernels
+        for Hopper GPUs run it), "xla" (anywhere), "reference" (the definition, T·S memory), or None
         for the first of them that serves the call.
 
     Returns:
@@ -91,14 +95,16 @@ def softmax_attention(
         sinks = 0  # all are in sight anyway
     if alibi_slopes is not None:
         checks.check_shape("alibi_slopes", alibi_slopes, (sizes.N,), "[N]")
-    aligned = query_position is None and isinstance(key_position, int) and key_position == 0
+    has_all_keys = isinstance(key_position, int) and key_position == 0
+    is_aligned = has_all_keys and query_position is None
     query_position = checks.resolve_query_position(
         query_position, sizes, causal=causal, segment_ids=segment_ids, key_position=key_position
     )
     run = dispatch.choose(
         "softmax_attention", implementation,
         sizes=sizes, dtype=q.dtype, causal=causal, segment_ids=segment_ids,
-        alibi_slopes=alibi_slopes, sinks=sinks, aligned=aligned, return_lse=return_lse,
+        alibi_slopes=alibi_slopes, window=window, sinks=sinks, has_all_keys=has_all_keys,
+        is_aligned=is_aligned, return_lse=return_lse,
     )  # fmt: skip
     seen = visibility(
         sizes.T, sizes.S, causal=causal, window=window, sinks=sinks, segment_ids=segment_ids,
@@ -114,6 +120,6 @@ def softmax_attention(
     out, lse = run(
         q, k, v,
         visibility=seen, alibi=alibi, scale=scale, causal=causal, window=window, sinks=sinks,
-        is_plain=aligned and segment_ids is None and not sinks, return_lse=return_lse,
+        is_plain=is_aligned and segment_ids is None and not sinks, return_lse=return_lse,
     )  # fmt: skip
     return (out, lse) if return_lse else out

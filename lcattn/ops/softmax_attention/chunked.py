@@ -37,9 +37,11 @@ def attend_xla(
     q, k, v, *, visibility: Visibility, alibi: Alibi | None, scale: float, causal: bool,
     window: int | None, is_plain: bool, return_lse: bool, **rest,
 ) -> tuple[Array, Array | None]:  # fmt: skip
-    """The form for any device: materialised when short, blocks otherwise."""
+    """The form for any device: materialised when few, blocks otherwise."""
     del rest
-    short = max(q.shape[1], k.shape[1]) <= _MATERIALIZE_UP_TO[dispatch.default_platform()]
+    limit = _MATERIALIZE_UP_TO[dispatch.default_platform()]
+    # Scores of one query are fewer than the numbers in its keys.
+    short = q.shape[1] == 1 or max(q.shape[1], k.shape[1]) <= limit
     # JAX's function rounds float64 to float32 inside, and refuses float16 on a CPU.
     served = q.dtype in (jnp.float32, jnp.bfloat16) and q.shape[3] == v.shape[3]
     if short and served and not return_lse:

@@ -1,10 +1,9 @@
-"""The definition itself, and the forms that JAX's own attention function serves."""
+"""The definition itself, and JAX's own attention function with all scores in memory."""
 
 import jax
 import jax.numpy as jnp
 
-from lcattn.ops import dispatch
-from lcattn.ops.checks import Sizes, accumulation_dtype
+from lcattn.ops.checks import accumulation_dtype
 from lcattn.ops.masked_softmax import masked_softmax
 from lcattn.ops.softmax_attention.alibi import Alibi
 from lcattn.ops.visibility import Visibility
@@ -45,39 +44,3 @@ def materialized(
     # JAX averages all values where no key is seen; the contract says zeros.
     empty = ~jnp.any(seen, axis=-1)[:, 0, :, None, None]
     return jnp.where(empty, 0, out)
-
-
-def cudnn(q, k, v, *, causal, window, scale, **rest) -> tuple[Array, None]:
-    """cuDNN's fused kernel through JAX."""
-    del rest
-    reach = None if window is None else (window - 1, 0)
-
-    def fused(q, k, v):
-        return jax.nn.dot_product_attention(
-            q, k, v, scale=scale, is_causal=causal, local_window_size=reach, implementation="cudnn"
-        )
-
-    return fused(q, k, v), None
-
-
-def cudnn_objection(
-    *, sizes: Sizes, dtype, causal, segment_ids, alibi_slopes, sinks, aligned, return_lse
-) -> str | None:
-    """Why cuDNN cannot serve a call, or None."""
-    if dispatch.default_platform() != "gpu":
-        return f"needs a GPU; computations run on {dispatch.default_platform()!r} here"
-    if dtype not in (jnp.bfloat16, jnp.float16):
-        return f"takes bfloat16 or float16, not {dtype}"
-    if segment_ids is not None or alibi_slopes is not None:
-        return "takes neither segment_ids nor alibi_slopes without materialising a T·S bias"
-    if sinks:
-        return "has windows without sinks only"
-    if return_lse:
-        return "has no gradient through the log-sum-exp"
-    if not aligned or (causal and sizes.T != sizes.S):
-        return "masks causally only where queries and keys are the same tokens"
-    if sizes.F != sizes.H or sizes.H > 128 or sizes.H % 8:
-        return f"takes one head size, a multiple of 8 up to 128, not {sizes.F} and {sizes.H}"
-    if sizes.T % 2 or sizes.S % 2:
-        return f"has no gradient for odd lengths such as T={sizes.T}, S={sizes.S}"
-    return None

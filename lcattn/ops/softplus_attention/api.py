@@ -6,7 +6,7 @@ import jax.numpy as jnp
 
 from lcattn.errors import argument_error
 from lcattn.ops import checks, dispatch
-from lcattn.ops.softplus_attention import chunked, dense, kernel, tpu_kernel
+from lcattn.ops.softplus_attention import chunked, dense, kernel, step, tpu_kernel
 from lcattn.ops.softplus_attention.rows import Reweighting, Rows
 from lcattn.ops.visibility import visibility
 from lcattn.typing import Array, Float, Int, SegmentIds
@@ -18,6 +18,7 @@ dispatch.declare(
         "mosaic_tpu": dispatch.Implementation(
             tpu_kernel.attend, tpu_kernel.objection, tpu_kernel.pays
         ),
+        "step": dispatch.Implementation(step.attend, step.objection),
         "xla": dispatch.Implementation(chunked.attend),
         "reference": dispatch.Implementation(dense.reference),
     },
@@ -85,9 +86,10 @@ def softplus_attention(
       query_position: position of the first query, that of the first key being 0. Default: the
         queries are the last T tokens. May be traced, to fill a cache of fixed size.
       implementation: "mosaic_gpu" (Hopper GPUs; causal, bfloat16, F = H = 64 or 128, whole powers),
-        "mosaic_tpu" (TPUs; causal, bfloat16 or float32, whole powers), "xla" (blocks), "reference"
-        (the definition, T·S memory), or None: the kernels where they serve and win. Over several
-        devices the kernels belong inside `jax.shard_map(..., check_vma=False)`.
+        "mosaic_tpu" (TPUs; causal, bfloat16 or float32, whole powers), "step" (one query), "xla"
+        (blocks), "reference" (the definition, T·S memory), or None: the kernels where they serve
+        and win. Over several devices the kernels belong inside
+        `jax.shard_map(..., check_vma=False)`.
 
     Returns:
       `[B,T,N,H]`.

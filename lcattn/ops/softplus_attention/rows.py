@@ -50,6 +50,10 @@ class Reweighting(NamedTuple):
 
 def unit(x: Array) -> Array:
     """Vectors of length 1 in float32; vectors far below 1e-6 keep their direction only."""
+    return x.astype(accumulation_dtype(x.dtype)) / jnp.sqrt(squared_norm(x))
+
+
+def squared_norm(x: Array) -> Array:
+    """Of each vector, as `unit` has it, `[..., 1]`."""
     wide = x.astype(accumulation_dtype(x.dtype))
-    square = jnp.sum(wide * wide, axis=-1, keepdims=True)
-    return wide / jnp.sqrt(square + 1e-12)
+    return jnp.sum(wide * wide, axis=-1, keepdims=True) + 1e-12
