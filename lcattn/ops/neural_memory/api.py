@@ -8,7 +8,7 @@ import numpy as np
 
 from lcattn.errors import argument_error
 from lcattn.ops import checks, dispatch, recurrence
-from lcattn.ops.neural_memory import chunked, reference, tpu_kernel
+from lcattn.ops.neural_memory import chunked, kernel, reference, tpu_kernel
 from lcattn.ops.neural_memory.network import Activation, resolve_activation
 from lcattn.ops.neural_memory.state import NeuralMemoryState, check_state, neural_memory_state
 from lcattn.typing import Array, Float, SegmentIds
@@ -22,6 +22,7 @@ DEEPEST = 4
 dispatch.declare(
     "neural_memory",
     {
+        "mosaic_gpu": dispatch.Implementation(kernel.attend, kernel.objection, kernel.pays),
         "mosaic_tpu": dispatch.Implementation(
             tpu_kernel.attend, tpu_kernel.objection, tpu_kernel.pays
         ),
@@ -111,8 +112,8 @@ def neural_memory(
       initial_state: what the first document of each row continues, from `return_state` or
         `neural_memory_state`; of the same `chunk_size`.
       return_state: also return the state after the last token (of the last document).
-      implementation: "mosaic_tpu" (chunks, state in VMEM; see `pallas_kernels`), "xla" (chunks),
-        "reference" (token by token), or None.
+      implementation: "mosaic_gpu" or "mosaic_tpu" (chunks, state on the chip; see
+        `pallas_kernels`), "xla" (chunks), "reference" (token by token), or None.
 
     Returns:
       `[B,T,N,H]`, or that and the final state.
@@ -134,6 +135,7 @@ def neural_memory(
     run = dispatch.choose(
         "neural_memory", implementation, sizes=sizes, dtype=q.dtype, weights=weights,
         chunk=int(chunk_size), activation=activation,
+        packed=segment_ids is not None, continued=initial_state is not None,
     )  # fmt: skip
 
     heads, keys, values = recurrence.group_by_state(q, k, v, states)

@@ -19,6 +19,9 @@ from jax import lax
 
 from lcattn.typing import Array, Bool, Float
 
+BLOCK = 8
+"""Tokens whose gates are multiplied one by one, in long chunks."""
+
 
 class Coefficients(NamedTuple):
     """What each token of a chunk sees, and what the chunk leaves behind.
@@ -61,10 +64,17 @@ def coefficients(
     if used is not None:
         learning_rate = jnp.where(used, learning_rate, 0)
         momentum, keep = jnp.where(used, momentum, 1), jnp.where(used, keep, 1)
+    is_whole = first is None
     if first is None:
         first = jnp.arange(keep.shape[-1]) == 0
     a, p = (_between(jnp.where(first, 0, gate)) for gate in (keep, momentum))
-    reach = jnp.einsum("...tj,...j->...t", p, jnp.where(first, momentum, 0))
+    if is_whole:
+        kept, reach = (lax.cumprod(gate, axis=gate.ndim - 1) for gate in (keep, momentum))
+    else:
+        kept, reach = (
+            jnp.einsum("...tj,...j->...t", x, jnp.where(first, gate, 0))
+            for x, gate in ((a, keep), (p, momentum))
+        )
     p = p * learning_rate[..., None, :]
     entering = (reach[..., None], p) if used is None else (
         jnp.where(used, reach, 0)[..., None], jnp.where(used[..., None], p, 0)
@@ -72,7 +82,7 @@ def coefficients(
     carried, written = (jnp.einsum("...ti,...ij->...tj", a, x, precision="highest")
                         for x in entering)  # fmt: skip
     return Coefficients(
-        kept=jnp.einsum("...tj,...j->...t", a, jnp.where(first, keep, 0)),
+        kept=kept,
         carried=carried[..., 0],
         written=written,
         momentum=reach[..., -1],
@@ -81,7 +91,26 @@ def coefficients(
 
 
 def _between(gates: Float[Array, "*M C"]) -> Float[Array, "*M C C"]:
-    """Products of gates after each token (column), up to each later one (row)."""
+    """Products of gates after each token (column), up to each later one (row).
+
+    Of many tokens, those of two blocks are products of three parts: to the end of the one, over the
+    blocks between, and from the start of the other.
+    """
+    size = gates.shape[-1]
+    if size % BLOCK or size <= 2 * BLOCK:
+        return _between_few(gates)
+    blocks = gates.reshape(*gates.shape[:-1], -1, BLOCK)
+    inside = _between_few(blocks)
+    from_start, to_end = lax.cumprod(blocks, axis=blocks.ndim - 1), inside[..., -1, :]
+    over = _between_few(from_start[..., -1])[..., :-1, :]
+    over = jnp.pad(over, [(0, 0)] * (over.ndim - 2) + [(1, 0), (0, 0)])
+    rows, columns = from_start[..., None, None], to_end[..., None, None, :, :]
+    across = rows * over[..., :, None, :, None] * columns
+    same = jnp.eye(size // BLOCK, dtype=bool)[:, None, :, None]
+    return jnp.where(same, inside[..., None, :], across).reshape(*gates.shape, size)
+
+
+def _between_few(gates: Float[Array, "*M C"]) -> Float[Array, "*M C C"]:
     index = jnp.arange(gates.shape[-1])
     later = index[:, None] > index
     factors = jnp.where(later, gates[..., :, None], 1)

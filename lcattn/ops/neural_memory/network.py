@@ -48,6 +48,11 @@ def resolve_activation(activation: Activation) -> Callable[[Array], Array]:
     return _ACTIVATIONS[activation]
 
 
+def name_of(activate: Callable[[Array], Array]) -> str:
+    """The name of an activation that has one."""
+    return next(name for name, function in _ACTIVATIONS.items() if function is activate)
+
+
 def recall(
     q: Float[Array, "*B T F"],
     weights: Sequence[Float[Array, "*B _ _"]],

@@ -97,8 +97,10 @@ def objection(
     weights: Sequence[Array],
     chunk: int,
     activation: Activation,
+    **other,
 ) -> str | None:
     """Why the kernels cannot serve a call, in words."""
+    del other
     if dispatch.default_platform() != "tpu":
         return "needs a TPU"
     if not isinstance(activation, str):

@@ -1,0 +1,292 @@
+r"""The walk over chunks that trains the memory: one cluster a memory, 64 hidden units a CTA.
+
+With gradients at the network before the chunk, and g, n the shares of its writes that the last
+token sees in the network and in momentum (b, f and m those of what came in):
+
+    Z_1 = K W_1,  X_2 = σ(Z_1),  E_2 = 2 (X_2 W_2 - V),  E_1 = (E_2 W_2ᵀ) σ'(Z_1)
+    W' = b W + f S - Xᵀ (g E),   S' = m S - Xᵀ (n E)          X = K, X_2;  E = E_1, E_2
+
+Network and momentum of 64 hidden units are four tiles of 64 x 64 in float32: two for each of two
+warpgroups, one a layer, which stay in registers. X_2 W_2 alone is a sum over the cluster.
+
+A chunk waits for the one before it through this chain of products and what lies between:
+
+    K W_1 -> σ -> X_2 W_2 -> sum over the cluster -> E_2 W_2ᵀ -> Kᵀ (g E_1) -> W_1 in bfloat16
+
+Everything else (momentum, the second layer's update, σ', copies) is done while a warpgroup waits.
+A product of 64 x 64 x 64 takes about 0.1 us from operand to operand, σ 0.25 us, and two ways across
+the chip 0.5 us: about 1.2 us a chunk, 0.15 ms for 128 chunks, however few the memories are. That is
+the floor; the matrix work, 14.7 MFLOP a chunk for 256 hidden units, is 0.6 us of four
+multiprocessors.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.neural_memory.gpu_plan import LAYER, SLICE, Exchange, Plan, anew, load, shared
+from pallas_kernels.tiles import ALONG_ROWS, TILE, WGMMA, over_columns, zeros
+
+
+class Memories(NamedTuple):
+    """What every chunk starts from, and writes, in bfloat16; arrays, or refs inside a kernel.
+
+    Attributes:
+      first: W_1, S_1 and E_1 one upon another, `[B,M,n,64+64+64,F]`.
+      second: W_2, S_2 and E_2, `[B,M,n,F+F+64,64]`.
+      hidden: the inputs X_2 of the second layer, `[B,M,n,64,F]`.
+    """
+
+    first: Any
+    second: Any
+    hidden: Any
+
+
+def walk(
+    plan: Plan, k: jax.Array, v: jax.Array, shares: jax.Array, start: tuple[jax.Array, ...]
+) -> tuple[Memories, tuple[jax.Array, ...]]:
+    """The memories of all chunks, and the last.
+
+    Args:
+      plan: options.
+      k: keys `[B,T,M,64]`.
+      v: values `[B,T,M,64]`.
+      shares: what a chunk's last token holds, `[B,M,n,5,64]`: of the gradient of every token, in
+        the network and in momentum; and of what came in, of network in network, momentum in network
+        and momentum in momentum, each repeated.
+      start: `[B,M,64,F]` and `[B,M,F,64]`.
+
+    Returns:
+      Memories, and the final W_1, S_1, W_2 and S_2 in float32.
+    """
+    (B, T, M, _), F = k.shape, start[0].shape[-1]
+    chunks, slices = T // TILE, F // TILE
+    exchange = Exchange(slices, jnp.float32)
+    products = plan.products
+
+    def neural_memory_walk(
+        k, v, shares, starts, kept, ends, through,
+        *, layers, x2, e2, pulled, tokens, gates, arrivals, mailbox, ready,
+    ):  # fmt: skip
+        batch, memory, own = (lax.axis_index(axis) for axis in ("batch", "memory", SLICE))
+        here = batch, memory
+        units = pl.ds(own * TILE, TILE)
+        first, second, hidden = kept
+        all_tiles = layers, x2, e2, pulled
+
+        def rows(part):
+            return pl.ds(part * TILE, TILE)
+
+        def sweep(layer, array, place, step):
+            """Walks the chunks with the state of one layer, from tokens of its array."""
+            here_slots = tokens[layer], gates[layer], arrivals[layer]
+
+            def prefetch(i, slot):
+                token, gate, arrival = (x.at[slot] for x in here_slots)
+                plgpu.copy_gmem_to_smem(array.at[batch, rows(i), memory], token, arrival)
+                plgpu.copy_gmem_to_smem(shares.at[(*here, i)], gate, arrival)
+
+            def body(i, state):
+                slot = lax.rem(i, 2)
+                token, gate, arrival = (x.at[slot] for x in here_slots)
+                plgpu.barrier_wait(arrival)
+                pl.when(i + 1 < chunks)(lambda: prefetch(i + 1, 1 - slot))
+                return step(i, token, Shares.read(gate), state)
+
+            prefetch(0, 0)
+            weights = plgpu.load(starts[layer].at[place], layout=WGMMA, optimized=False)
+            state = weights, zeros(TILE)
+            put(anew(layers[layer], own)[:2], state)
+            state = lax.fori_loop(0, chunks, body, state)
+            for target, numbers in zip(ends[2 * layer : 2 * layer + 2], state, strict=True):
+                target[place] = numbers
+            if layer == 0:
+                plgpu.barrier_wait(ready.stepped)
+            plgpu.wait_smem_to_gmem(0)
+
+        def put(tiles, state):
+            for tile, numbers in zip(tiles, state, strict=True):
+                tile[...] = numbers.astype(tile.dtype)
+            plgpu.commit_smem()
+
+        @pl.when(lax.axis_index(LAYER) == 0)
+        def _():
+            def step(i, k, shares, state):
+                at = *here, i
+                (tiles, (second_weights, *_)), x2, e2, pulled = anew(all_tiles, i)
+                z = products.product(k, tiles.weights)
+                x, _, _ = plan.activate(z)
+                pl.when(i > 0)(lambda: plgpu.barrier_wait(ready.stepped))
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                x2[...] = x.astype(x2.dtype)
+                plgpu.commit_smem()
+                plgpu.barrier_arrive(ready.inputs)
+                # What the other warpgroup does not wait for comes while this one waits for it.
+                put([tiles.momentum], state[1:])
+                send(
+                    (tiles.weights, first.at[(*at, rows(0), units)]),
+                    (tiles.momentum, first.at[(*at, rows(1), units)]),
+                )
+                _, slope, _ = plan.activate(lax.optimization_barrier(z))
+                state = shares.decay(*state)
+                plgpu.barrier_wait(ready.errors)
+                error = slope * products.product(e2, second_weights.transpose((1, 0)))
+                plgpu.barrier_arrive(ready.pulled)
+                shares.scale(error, tiles)
+                plgpu.commit_smem()
+
+                def send_writes():
+                    put([pulled], [error])
+                    send(
+                        (x2, hidden.at[(*at, slice(None), units)]),
+                        (pulled, first.at[(*at, rows(2), units)]),
+                    )
+
+                state = write(products, state, k, tiles, send_writes)
+                plgpu.wait_smem_to_gmem(1, wait_read_only=True)
+                put([tiles.weights], state[:1])
+                return state
+
+            sweep(0, k, (*here, slice(None), units), step)
+
+        @pl.when(lax.axis_index(LAYER) == 1)
+        def _():
+            def step(i, v, shares, state):
+                at = *here, i
+                (_, tiles), x2, e2, _ = anew(all_tiles, i)
+                send(
+                    (tiles.weights, second.at[(*at, rows(own))]),
+                    (tiles.momentum, second.at[(*at, rows(slices + own))]),
+                )
+                state = shares.decay(*state)
+                plgpu.barrier_wait(ready.inputs)
+                part = products.product(x2, tiles.weights)
+                total = exchange.sum(
+                    part, lax.rem(i, 2), mailbox, None if through is None else through.at[here]
+                )  # fmt: skip
+                error = 2 * (total - load(v))
+                plgpu.wait_smem_to_gmem(1, wait_read_only=True)
+                e2[...] = error.astype(e2.dtype)
+                plgpu.commit_smem()
+                plgpu.barrier_arrive(ready.errors)
+                send_first(own, e2, second.at[(*at, rows(2 * slices))])
+                shares.scale(error, tiles)
+                plgpu.commit_smem()
+                state = write(products, state, x2, tiles)
+                plgpu.wait_smem_to_gmem(1, wait_read_only=True)
+                plgpu.barrier_wait(ready.pulled)
+                put((tiles.weights, tiles.momentum), state)
+                plgpu.barrier_arrive(ready.stepped)
+                return state
+
+            sweep(1, v, (*here, units), step)
+
+    kept = Memories(
+        *(
+            jax.ShapeDtypeStruct((B, M, chunks, *shape), jnp.bfloat16)
+            for shape in ((3 * TILE, F), (2 * F + TILE, TILE), (TILE, F))
+        )
+    )
+    ends = tuple(jax.ShapeDtypeStruct(x.shape, jnp.float32) for x in start for _ in range(2))
+    kept, ends, _ = plan.launch(
+        neural_memory_walk, k, v, shares, tuple(start),
+        grid={"batch": B, "memory": M}, slices=slices,
+        out_type=(tuple(kept), ends, exchange.through(B, M)),
+        scratch={
+            "layers": (Layer(*(shared() for _ in Layer._fields)),) * 2,
+            "x2": shared(), "e2": shared(), "pulled": shared(),
+            "tokens": (plgpu.SMEM((2, TILE, TILE), jnp.bfloat16),) * 2,
+            "gates": (plgpu.SMEM((2, 5, TILE), jnp.float32),) * 2,
+            "arrivals": (plgpu.Barrier(num_arrivals=2, num_barriers=2),) * 2,
+            "ready": Ready(*(plgpu.Barrier() for _ in Ready._fields)),
+            "mailbox": exchange.scratch(),
+        },
+    )  # fmt: skip
+    return Memories(*kept), tuple(ends)
+
+
+class Layer(NamedTuple):
+    """Operands of a layer in shared memory: network, momentum, and errors times what is left."""
+
+    weights: Any
+    momentum: Any
+    written: Any
+    pending: Any
+
+
+class Ready(NamedTuple):
+    """At which the warpgroup of one layer tells that of the other what is ready.
+
+    Attributes:
+      inputs: of the second layer.
+      errors: of the second layer.
+      pulled: through the weights of the second layer, which may now change.
+      stepped: the second layer, which no longer needs its inputs.
+    """
+
+    inputs: Any
+    errors: Any
+    pulled: Any
+    stepped: Any
+
+
+class Shares(NamedTuple):
+    """What the last token of a chunk holds, `[64]`; see `walk`."""
+
+    written: jax.Array
+    pending: jax.Array
+    kept: jax.Array
+    carried: jax.Array
+    left: jax.Array
+
+    @classmethod
+    def read(cls, gates) -> "Shares":
+        """From shared memory."""
+        return cls(*(plgpu.load(gates.at[row], layout=ALONG_ROWS) for row in range(5)))
+
+    def decay(self, weights: jax.Array, momentum: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """A state after the chunk, but for what the chunk writes."""
+        kept, carried, left = (over_columns(x) for x in (self.kept, self.carried, self.left))
+        return kept * weights + carried * momentum, left * momentum
+
+    def pull(self, d_after, d_weights: jax.Array, d_momentum: jax.Array):
+        """The gradient of a state before the chunk, but for what the chunk's writes pull back.
+
+        Args:
+          d_after: of the state after it.
+          d_weights: of the network, from reading it.
+          d_momentum: of the momentum, likewise.
+        """
+        a, b = d_after
+        kept, carried, left = (over_columns(x) for x in (self.kept, self.carried, self.left))
+        return kept * a + d_weights, carried * a + left * b + d_momentum
+
+    def scale(self, error: jax.Array, tiles: Layer) -> None:
+        """What the last token holds of each error, as an operand, with the sign of a step down."""
+        for share, tile in ((self.written, tiles.written), (self.pending, tiles.pending)):
+            tile[...] = (over_columns(-share) * error).astype(tile.dtype)
+
+
+def write(products, state, inputs, tiles: Layer, meanwhile=lambda: None):
+    """Adds a chunk's outer products to network and momentum."""
+    weights, momentum = state
+    inputs = inputs.transpose((1, 0))
+    return products.accumulate_both(
+        (weights, inputs, tiles.written), (momentum, inputs, tiles.pending), meanwhile
+    )
+
+
+def send(*copies: tuple[Any, Any]) -> None:
+    """Starts copies from shared to global memory, as one group."""
+    for n, (source, target) in enumerate(copies, 1):
+        plgpu.copy_smem_to_gmem(source, target, commit_group=n == len(copies))
+
+
+def send_first(own, source, target) -> None:
+    """The same, from the first CTA of a cluster: the others have the same but for rounding."""
+    pl.when(own == 0)(lambda: plgpu.copy_smem_to_gmem(source, target, commit_group=False))
+    plgpu.commit_smem_to_gmem_group()

@@ -1,0 +1,88 @@
+r"""Titans' neural memory of one or two layers for Hopper GPUs, in Pallas Mosaic GPU.
+
+Only the memory itself has to go from chunk to chunk. So that alone is a walk, of one cluster a
+memory, which leaves network, momentum and writes of every chunk in global memory (`gpu_walk`); all
+else is done for every chunk by itself: queries are answered (`gpu_read`), and coefficients of gates
+are XLA's. The gradient goes the same way back: chunks by themselves (`gpu_read_pull`), a walk in
+reverse that carries the gradient of the memory (`gpu_pull`), and chunks by themselves for what
+follows from it for keys, values and gates (`gpu_tokens`). Of one layer only the walks are kernels
+(`gpu_linear`).
+
+What the walk leaves is kept for the gradient, 8 H F + 2 C (F + H) bfloat16 numbers a chunk and
+memory; operands of products are bfloat16, all else float32.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.neural_memory import gpu_one_layer, gpu_two_layers
+from pallas_kernels.neural_memory.gpu_plan import Plan
+from pallas_kernels.neural_memory.gpu_read import Views
+from pallas_kernels.tiles import TILE
+
+MOST_HIDDEN = 256
+"""Hidden units that clusters of four CTAs hold."""
+
+
+def neural_memory(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    coefficients: Any,
+    weights: tuple[jax.Array, ...],
+    *,
+    activation: str,
+    interpret: bool = False,
+) -> tuple[jax.Array, tuple[jax.Array, ...], tuple[jax.Array, ...]]:
+    """Answers of a memory that is trained on the way; differentiable in every array.
+
+    Args:
+      q: queries `[B,T,M,G,64]`, bfloat16; T is a multiple of 64.
+      k: keys `[B,T,M,64]`.
+      v: values `[B,T,M,64]`.
+      coefficients: what each token of a chunk of 64 sees, and what the chunk leaves behind, as
+        `lcattn.ops.neural_memory.coefficients` says: `kept` and `carried` `[B,M,n,64]`, `written`
+        `[B,M,n,64,64]`, `momentum` `[B,M,n]` and `pending` `[B,M,n,64]`.
+      weights: the network before the first chunk in float32, `[B,M,64,F]` and `[B,M,F,64]`, or
+        `[B,M,64,64]` alone.
+      activation: by name, "gelu" in its tanh form.
+      interpret: whether to run in the CPU simulator.
+
+    Returns:
+      `[B,T,M,G,64]` in the dtype of q, and the network and its momentum after the last chunk.
+
+    Raises:
+      ValueError: saying why these kernels do not serve the call.
+    """
+    sizes = (q.shape[-1], *(x.shape[-1] for x in weights))
+    reason = objection(dtype=q.dtype, length=q.shape[1], chunk=TILE, sizes=sizes)
+    if reason is not None:
+        raise ValueError(f"neural_memory: the mosaic_gpu kernels {reason}")
+    c, plan = coefficients, Plan(activation, interpret)
+    decays = jnp.stack([c.kept[..., -1], c.carried[..., -1], c.momentum], axis=-1)
+    decays = jnp.broadcast_to(decays[..., None], (*decays.shape, TILE))
+    shares = jnp.concatenate([c.written[..., -1:, :], c.pending[..., None, :], decays], axis=-2)
+    heads = q.reshape(*q.shape[:2], -1, TILE)
+    layers = gpu_one_layer if len(weights) == 1 else gpu_two_layers
+    views = Views(c.kept, c.carried, c.written)
+    out, ends = layers.answer(plan, heads, k, v, shares, views, weights)
+    return out.reshape(q.shape), ends[::2], ends[1::2]
+
+
+def objection(*, dtype, length: int, chunk: int, sizes: Sequence[int]) -> str | None:
+    """Why the kernels do not serve a call, in words, or None."""
+    if dtype != jnp.bfloat16:
+        return f"take bfloat16, not {jnp.dtype(dtype).name}"
+    if chunk != TILE or length < TILE:
+        return f"take chunks of {TILE} tokens and a whole one at least, not {chunk} of {length}"
+    ends, hidden = {sizes[0], sizes[-1]}, sizes[1:-1]
+    served = not hidden or (len(hidden) == 1 and hidden[0] in range(TILE, MOST_HIDDEN + 1, TILE))
+    if ends != {TILE} or not served:
+        return (
+            f"take layers of sizes {TILE} -> {TILE} or {TILE} -> F -> {TILE}, F a multiple of"
+            f" {TILE} up to {MOST_HIDDEN}, not {' -> '.join(map(str, sizes))}"
+        )
+    return None

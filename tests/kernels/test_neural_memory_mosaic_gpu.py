@@ -1,0 +1,126 @@
+"""The Hopper kernels without a GPU: simulated, against the XLA form, and lowered for CUDA."""
+
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lcattn.ops import neural_memory
+from lcattn.ops.neural_memory import kernel
+from pallas_kernels.neural_memory import gpu_activations, mosaic_gpu
+
+
+@pytest.fixture
+def on_a_simulated_gpu(monkeypatch):
+    simulated = functools.partial(mosaic_gpu.neural_memory, interpret=True)
+    monkeypatch.setattr(kernel.dispatch, "on_hopper", lambda: True)
+    monkeypatch.setattr(mosaic_gpu, "neural_memory", simulated)
+
+
+def inputs(B, T, N, M, hidden, H=64, dtype=jnp.bfloat16):
+    """The op's arrays: unit vectors, and gates of which some are 0 or 1."""
+    draw = np.random.default_rng(0)
+
+    def unit(heads):
+        x = draw.normal(size=(B, T, heads, H))
+        return jnp.asarray(x / np.linalg.norm(x, axis=-1, keepdims=True), dtype)
+
+    def gate(most):
+        x = np.clip(draw.uniform(-0.1, 1.1, size=(B, T, M)), 0, 1)
+        return jnp.asarray(most * x, jnp.float32)
+
+    shut = jnp.asarray(draw.random((B, T, M)) < 0.02)
+    return {
+        "q": unit(N), "k": unit(M), "v": unit(M), "learning_rate": gate(1 / 64),
+        "momentum": gate(1), "decay": jnp.where(shut, 1, gate(0.1)),
+        "weights": [
+            jnp.asarray(draw.normal(size=(M, i, o)) / i**0.5, jnp.float32)
+            for i, o in itertools.pairwise((H, *hidden, H))
+        ],
+    }  # fmt: skip
+
+
+def run(implementation, arrays):
+    out, state = neural_memory(**arrays, return_state=True, implementation=implementation)
+    return out, (state.weights, state.momentum, state.anchor)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def values_and_gradients(implementation, arrays):
+    """With every value as its own gradient."""
+    values, pull = jax.vjp(functools.partial(run, implementation), arrays)
+    return values, pull(values)
+
+
+def assert_close(got, want, tolerance):
+    for (path, a), b in zip(jax.tree.leaves_with_path(got), jax.tree.leaves(want), strict=True):
+        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+        assert np.linalg.norm(a - b) <= tolerance * np.linalg.norm(b), jax.tree_util.keystr(path)
+
+
+def wide(arrays):
+    return jax.tree.map(lambda x: x.astype(jnp.float32), arrays)
+
+
+def test_values_and_every_gradient_agree_with_the_xla_form(on_a_simulated_gpu):
+    arrays = inputs(1, 128, 2, 1, (128,))  # two chunks, a cluster of two, a memory of two heads
+    got = values_and_gradients("mosaic_gpu", arrays)
+    assert got[0][0].dtype == jnp.bfloat16
+    assert_close(got, values_and_gradients("xla", wide(arrays)), 1.2e-2)
+
+
+def test_one_layer_and_the_rest_of_a_chunk(on_a_simulated_gpu):
+    arrays = inputs(1, 70, 1, 1, ())
+    got = values_and_gradients("mosaic_gpu", arrays)
+    assert_close(got, values_and_gradients("xla", wide(arrays)), 1e-2)
+
+
+def test_gradients_lower_for_cuda(monkeypatch):
+    monkeypatch.setattr(kernel.dispatch, "on_hopper", lambda: True)
+    shapes = jax.eval_shape(lambda: inputs(4, 8192, 4, 4, (256,)))
+
+    def loss(arrays):
+        return jnp.sum(run("mosaic_gpu", arrays)[0].astype(jnp.float32))
+
+    text = jax.jit(jax.grad(loss)).trace(shapes).lower(lowering_platforms=("cuda",)).as_text()
+    names = "neural_memory_walk", "neural_memory_read", "neural_memory_pull"
+    assert all(name in text for name in (*names, "neural_memory_read_pull"))
+
+
+@pytest.mark.parametrize("name", gpu_activations.ACTIVATIONS)
+def test_derivatives_of_activations(name):
+    function = {"tanh": jnp.tanh}.get(name) or getattr(jax.nn, name)
+    x = jnp.linspace(-4.1, 4, 50)
+    slope = jax.grad(function)
+    want = [jax.vmap(f)(x) for f in (function, slope, jax.grad(slope))]
+    for a, b in zip(gpu_activations.ACTIVATIONS[name](x), want, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "options", "message"),
+    [
+        ({"dtype": jnp.float32}, {}, "take bfloat16, not float32"),
+        ({"H": 128}, {}, "take layers of sizes 64 -> 64 or 64 -> F -> 64, .*, not 128 -> 64"),
+        ({"hidden": (96,)}, {}, "not 64 -> 96 -> 64"),
+        ({"hidden": (512,)}, {}, "up to 256, not 64 -> 512 -> 64"),
+        ({"hidden": (64, 64)}, {}, "not 64 -> 64 -> 64 -> 64"),
+        ({}, {"chunk_size": 32}, "take chunks of 64 tokens and a whole one at least, not 32"),
+        ({"T": 63}, {}, "not 64 of 63"),
+        ({}, {"activation": jnp.sin}, "knows no activation but those with names"),
+        ({}, {"segment_ids": jnp.zeros((1, 64), jnp.int32)}, "without segment_ids or initial"),
+    ],
+    ids=str,
+)
+def test_a_call_that_is_not_served_is_told_why(change, options, message, on_a_simulated_gpu):
+    arrays = inputs(**{"B": 1, "T": 64, "N": 1, "M": 1, "hidden": (64,)} | change)
+    with pytest.raises(ValueError, match=message):
+        neural_memory(**arrays, **options, implementation="mosaic_gpu")
+
+
+def test_the_op_says_what_the_kernels_need():
+    with pytest.raises(ValueError, match="'mosaic_gpu' needs a Hopper GPU"):
+        neural_memory(**inputs(1, 64, 1, 1, (64,)), implementation="mosaic_gpu")
