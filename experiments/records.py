@@ -115,7 +115,7 @@ def kernels() -> str:
                 f"{100 * ours['floor_share']:.0f} %",
                 _milliseconds(row, "xla", kind),
                 *([_milliseconds(row, _SOFTMAX, kind)] if softmax else []),
-                max(row["errors"].values()),
+                max(row["errors"].values(), default="–"),
             )
             for row in record["rows"]
             for kind, ours in row["mosaic_gpu"].items()
@@ -134,7 +134,33 @@ def kernels() -> str:
     parts += [
         _growth(load(path)) for path in sorted(RECORDS.glob("*/linear_attention_growth.json"))
     ]
-    return "\n\n".join([*parts, _compiled_for_tpus()])
+    return "\n\n".join([*parts, _mechanisms(), _compiled_for_tpus()])
+
+
+def _mechanisms() -> str:
+    """Mechanisms on the kernels of block-sparse attention, beside exact attention and XLA."""
+    record = load(RECORDS / "h200" / "sparse_mechanisms.json")
+    rows = [
+        (
+            row["case"],
+            kind.replace("_", " + "),
+            ours["kernel_ms"],
+            ours["call_ms"],
+            *(_milliseconds(row, peer, kind) for peer in ("cudnn_exact", "xla")),
+            max(row["errors"].values(), default="–"),
+        )
+        for row in record["rows"]
+        for kind, ours in row["block_sparse"].items()
+    ]
+    header = (
+        "mechanism (bfloat16)", "pass", "kernels, ms", "whole call, ms",
+        "exact attention by cuDNN, ms", "XLA's kernels, ms", "largest error",
+    )  # fmt: skip
+    title = f"Mechanisms as plans of blocks, on one {record['device']}"
+    return Table(title=title, header=header, rows=rows).markdown() + (
+        f"\n\n`{record['command']}`, jax {record['jax']}. Errors are relative to the mechanism's "
+        "own XLA form in float32, at a smaller length: the largest of the output and all gradients."
+    )
 
 
 def _growth(record: Mapping[str, Any]) -> str:
@@ -155,7 +181,7 @@ def _growth(record: Mapping[str, Any]) -> str:
 
 
 def _milliseconds(row: dict[str, Any], form: str, kind: str) -> float | str:
-    return row[form][kind]["kernel_ms"] if form in row else "–"
+    return row.get(form, {}).get(kind, {}).get("kernel_ms", "–")
 
 
 def _compiled_for_tpus() -> str:

@@ -1,6 +1,6 @@
 """Softmax attention over lists of blocks of keys, as GPU and TPU kernels."""
 
 EVIDENCE = {
-    "mosaic_gpu": ("interpreted", "lowered for CUDA"),
+    "mosaic_gpu": ("interpreted", "lowered for CUDA", "run on an H200"),
     "mosaic_tpu": ("simulated", "lowered for TPU", "compiled for v5e, v6e and v5p"),
 }

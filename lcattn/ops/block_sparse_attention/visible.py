@@ -26,7 +26,7 @@ def pays(
     """Whether to compile a mechanism to a plan unasked.
 
     Where the kernels for Hopper GPUs run it, that is several times faster than a loop in plain JAX
-    (`benchmarks/h200/sparse_mechanisms.json`); no other kernels have been measured.
+    (`benchmarks/h200`); no other kernels have been measured.
     """
     del call
     objection = kernel.objection_to_blocks(

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from lcattn.ops.hyper_attention import draws
 from lcattn.ops.hyper_attention.groups import Bounds
-from lcattn.ops.hyper_attention.ranked import by_rank
+from lcattn.ops.hyper_attention.ranked import by_rank, passed
 from lcattn.typing import Array, Bool, Int
 
 # Queries a chunk: enough for matrix units, few enough that uneven blocks waste little.
@@ -143,9 +143,7 @@ class _Pieces(NamedTuple):
     @classmethod
     def of(cls, counts: Int[Array, "wholes"], num_pieces: int) -> "_Pieces":
         ends = jnp.cumsum(counts, dtype=jnp.int32)
-        piece = jnp.arange(num_pieces, dtype=jnp.int32)
-        whole = jnp.searchsorted(ends, piece, side="right", method="compare_all")
-        return cls(ends - counts, jnp.minimum(whole, len(counts) - 1).astype(jnp.int32))
+        return cls(ends - counts, jnp.minimum(passed(ends, num_pieces), len(counts) - 1))
 
 
 def _of_members(places: Array, at: tuple[Array, Array], num_groups: int, none: int) -> Array:

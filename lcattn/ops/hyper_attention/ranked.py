@@ -35,6 +35,14 @@ class Ranked(NamedTuple):
     nth: Int[Array, "T"]
 
 
+def passed(edges: Int[Array, "edges"], size: int) -> Int[Array, "size"]:
+    """How many edges are at or before each place.
+
+    One kernel or two; a search for each place is a loop of many.
+    """
+    return jnp.cumsum(jnp.zeros(size, jnp.int32).at[edges].add(1, mode="drop"))
+
+
 def by_rank(
     groups: Int[Array, "L T"], ranks: Int[Array, "T"], num_groups: int, num_ranks: int
 ) -> Ranked:
@@ -45,13 +53,13 @@ def by_rank(
     end = jnp.zeros(num_groups, jnp.int32).at[groups].max(token + 1, mode="drop")
     begin = jnp.full(num_groups, len(token), jnp.int32).at[groups].min(token, mode="drop")
     begin = jnp.minimum(begin, end)  # of groups that have no members
-    edges = jnp.sort(jnp.concatenate([begin, end]))
-    # Few edges: comparing with each is one kernel, where a search is a loop of many.
-    stretch = jnp.searchsorted(edges, token, side="right", method="compare_all")
+    # Members of each rank between neighbouring edges of groups, then before each edge.
+    edges = jnp.concatenate([begin, end])
+    stretch = passed(edges, len(token) + 1)
     counts = jnp.zeros((len(edges) + 1, num_ranks), jnp.int32)
-    counts = jnp.cumsum(counts.at[stretch, ranks].add(1, mode="drop"), axis=0)
+    counts = jnp.cumsum(counts.at[stretch[:-1], ranks].add(1, mode="drop"), axis=0)
     before, until = (
-        counts[jnp.searchsorted(edges, edge, method="compare_all")] for edge in (begin, end)
+        jnp.where(edge[:, None] > 0, counts[stretch[edge - 1]], 0) for edge in (begin, end)
     )
 
     in_order, order = lax.sort((ranks, token), num_keys=1)
