@@ -88,12 +88,13 @@ class Case:
 
 CASES = [
     Case(B=1, T=32768, reference_heads=1),
-    Case(B=1, T=1000, N=4, M=2, strength=1.0, decay_dtype="float32"),
-    Case(B=1, T=1000, N=2, M=2, reset=100, decay_dtype="float32"),
-    Case(B=1, T=32768, reference_heads=1, strength=8.0, compare_xla=False),
     Case(B=1, T=1024),
     Case(B=1, T=32768, reference_heads=1, decay_dtype="float32", compare_xla=False),
-    Case(B=4, T=8192, reference_heads=1),
+    Case(B=1, T=32768, reference_heads=1, strength=8.0, compare_xla=False),
+    Case(B=1, T=1000, N=4, M=2, strength=1.0, decay_dtype="float32"),
+    Case(B=1, T=1000, N=2, M=2, F=64, reset=100, decay_dtype="float32", compare_xla=False),
+    Case(B=1, T=1000, N=4, M=2, F=64, H=64, compare_xla=False),
+    Case(B=16, T=2048, reference_heads=1, compare_xla=False),
 ]
 
 if __name__ == "__main__":

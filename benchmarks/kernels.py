@@ -102,11 +102,14 @@ def poison() -> None:
     jnp.full((2**28,), jnp.nan, jnp.float32).block_until_ready().delete()
 
 
-def times(compiled, *arrays) -> dict:
-    """Milliseconds: the longest kernels of a call, all of them, the call; and its megabytes."""
+def times(compiled, *arrays, quick: bool = False) -> dict:
+    """Milliseconds: the longest kernels of a call, all of them, the call; and its megabytes.
+
+    `quick`: of few calls, as for those that take long.
+    """
     start = time.perf_counter()
     jax.block_until_ready(compiled(*arrays))
-    slow = time.perf_counter() - start > 0.3
+    slow = quick or time.perf_counter() - start > 0.1
     _, runs = profiler.measure(compiled, aggregate=False, iterations=2 if slow else 9)(*arrays)
     longest: dict[str, list[float]] = {}
     assert runs, "the profiler saw no kernel"

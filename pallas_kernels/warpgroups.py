@@ -86,12 +86,17 @@ class Turns:
             plgpu.barrier_arrive(self.barrier)
             plgpu.barrier_wait(self.barrier)
 
-    def begin(self, here: Here) -> None:
+    def skip(self) -> None:
+        """Both swaps of a step, by those that have none to take."""
+        self.swap()
+        self.swap()
+
+    def begin(self, warpgroup: Any) -> None:
         """Lets the first warpgroup go ahead."""
         if self.barrier is not None:
-            pl.when(here.warpgroup == 1)(self.swap)
+            pl.when(warpgroup == 1)(self.swap)
 
-    def end(self, here: Here) -> None:
+    def end(self, warpgroup: Any) -> None:
         """Answers the second one's last swap."""
         if self.barrier is not None:
-            pl.when(here.warpgroup == 0)(self.swap)
+            pl.when(warpgroup == 0)(self.swap)

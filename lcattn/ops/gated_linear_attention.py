@@ -18,6 +18,9 @@ from lcattn.ops.decay import (
 from lcattn.ops.triangular import halves, merge
 from lcattn.typing import Array, Float, SegmentIds
 
+# The shortest length measured; there the kernels take a fraction of XLA's time: benchmarks/h200.
+_PAYS_FROM = 1024
+
 
 def gated_linear_attention(
     q: Float[Array, "B T N F"],
@@ -76,9 +79,9 @@ def gated_linear_attention(
       return_state: also return the state after the last token (of the last document), float32.
       chunk_size: tokens a chunk C, rounded up to a power of two; default 64. Changes speed and
         memory, never the result.
-      implementation: "mosaic_gpu" (kernels for Hopper GPUs: bfloat16, F = H = 128; only when
-        named), "mosaic_tpu" (kernels for TPUs: bfloat16 or float32, F and H multiples of 8; for the
-        gradient they keep a state every few hundred tokens; only when named), "xla" (chunks),
+      implementation: "mosaic_gpu" (kernels for Hopper GPUs: bfloat16, F and H of 64 or 128,
+        F <= H), "mosaic_tpu" (kernels for TPUs: bfloat16 or float32, F and H multiples of 8; for
+        the gradient they keep a state every few hundred tokens; only when named), "xla" (chunks),
         "reference" (token by token), or None.
 
     Returns:
@@ -98,7 +101,7 @@ def gated_linear_attention(
     )  # fmt: skip
     run = dispatch.choose(
         "gated_linear_attention", implementation, sizes=sizes, states=log_decay.shape[2],
-        dtype=jnp.result_type(q, k, v),
+        dtype=jnp.result_type(q, k, v), chunk_size=chunk_size,
     )  # fmt: skip
 
     if log_decay.ndim == 3:
@@ -196,9 +199,9 @@ def _by_kernels(run, q, k, v, log_decay, state, *, chunk):
     return out.reshape(B, T, M, G, -1), state
 
 
-def _kernels_objection(*, sizes: checks.Sizes, states: int, dtype: jnp.dtype) -> str | None:
+def _kernels_objection(*, sizes: checks.Sizes, dtype: jnp.dtype, **call) -> str | None:
     """Why the kernels cannot serve a call, in words."""
-    del states
+    del call
     if not dispatch.on_hopper():
         return "needs a Hopper GPU (compute capability 9.0)"
     # Imported where it can run: it takes longer to import than the rest of the ops.
@@ -207,8 +210,19 @@ def _kernels_objection(*, sizes: checks.Sizes, states: int, dtype: jnp.dtype) ->
     return mosaic_gpu.objection(dtype=dtype, F=sizes.F, H=sizes.H)
 
 
-def _tpu_objection(*, sizes: checks.Sizes, states: int, dtype: jnp.dtype) -> str | None:
+def _kernels_pay(*, sizes: checks.Sizes, chunk_size: int | None, **call) -> bool:
+    """Whether the kernels are the better choice where they can serve.
+
+    They have chunks of their own. Compilers cannot partition them: over several devices they belong
+    inside `shard_map`, and only who writes that can tell.
+    """
+    del call
+    return sizes.T >= _PAYS_FROM and chunk_size is None and jax.device_count() == 1
+
+
+def _tpu_objection(*, sizes: checks.Sizes, states: int, dtype: jnp.dtype, **call) -> str | None:
     """Why the kernels for TPUs cannot serve a call, in words."""
+    del call
     if dispatch.default_platform() != "tpu":
         return "needs a TPU"
     from pallas_kernels.gated_linear_attention import mosaic_tpu
@@ -217,12 +231,7 @@ def _tpu_objection(*, sizes: checks.Sizes, states: int, dtype: jnp.dtype) -> str
 
 
 def _only_when_asked(**call) -> bool:
-    """Kernels that run by name alone.
-
-    On Hopper GPUs at F = 64 the gradient of the log decays is wrong for a reason not yet found, so
-    that at F = 128, where every check passed, no one gets them unasked. No TPU was at hand to try
-    those for TPUs.
-    """
+    """Kernels that run by name alone: no TPU was at hand to try them."""
     del call
     return False
 
@@ -230,7 +239,7 @@ def _only_when_asked(**call) -> bool:
 dispatch.declare(
     "gated_linear_attention",
     {
-        "mosaic_gpu": dispatch.Implementation(_kernels, _kernels_objection, _only_when_asked),
+        "mosaic_gpu": dispatch.Implementation(_kernels, _kernels_objection, _kernels_pay),
         "mosaic_tpu": dispatch.Implementation(_tpu_kernels, _tpu_objection, _only_when_asked),
         "xla": dispatch.Implementation(_chunked),
         "reference": dispatch.Implementation(_token_by_token),

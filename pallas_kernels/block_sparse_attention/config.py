@@ -1,6 +1,9 @@
 """Launch parameters of the kernels. What a block is, the plan of a call says."""
 
 import dataclasses
+from typing import NamedTuple
+
+_STAGES = ("stages", "query_gradient_stages", "key_gradient_stages")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -8,6 +11,8 @@ class LaunchConfig:
     """How the Hopper kernels cut up a block that streams.
 
     Attributes:
+      blocks: blocks of queries that a CTA works through, one after another.
+      key_blocks: blocks of keys, in the kernel of d k and d v.
       width: keys a step in the forward kernel.
       stages: steps in flight from global to shared memory there.
       takes_turns: whether one of two computing warpgroups multiplies matrices there while the other
@@ -22,6 +27,8 @@ class LaunchConfig:
       ValueError: for numbers that do not fit.
     """
 
+    blocks: int = 1
+    key_blocks: int = 1
     width: int = 128
     stages: int = 2
     takes_turns: bool = True
@@ -33,17 +40,57 @@ class LaunchConfig:
     def __post_init__(self) -> None:
         for name in ("width", "query_gradient_width", "key_gradient_width"):
             _check_choice(self, name, (64, 128))
-        for name in ("stages", "query_gradient_stages", "key_gradient_stages"):
+        for name in _STAGES:
             _check_choice(self, name, (2, 3, 4))
+        for name in ("blocks", "key_blocks"):
+            _check_choice(self, name, (1, 2, 4, 8, 16))
 
 
-def heuristic(*, key_block: int) -> LaunchConfig:
-    """The launch parameters for blocks of keys: the widest steps that divide them.
+class Walks(NamedTuple):
+    """The lists of one kernel.
 
-    Not measured: no GPU was at hand. Widths and stages are those of the reference kernel of JAX for
-    Hopper, which is as fast as cuDNN; steps of 128 spill in the gradients' kernels at H = 128.
+    Attributes:
+      count: how many there are, of all rows and heads.
+      length: entries of one, at most or on average.
     """
-    return LaunchConfig(width=128 if key_block % 128 == 0 else 64)
+
+    count: int
+    length: float
+
+    @property
+    def a_cta(self) -> int:
+        """How many to give to a CTA: more than one if they are short, and enough for all SMs."""
+        return next(
+            n for n in (4, 2, 1) if n == 1 or (n * self.length <= 64 and self.count >= 1024 * n)
+        )
+
+
+def heuristic(*, H: int, key_block: int, readers: Walks, keys: Walks) -> LaunchConfig:
+    """The launch parameters for a plan.
+
+    Steps are the widest that divide blocks of keys; those of 128 spill in the gradients' kernels at
+    H = 128. Measured on an H200 at H = 128 with long lists: of widths, stages and turns, these are
+    the best. More stages for H = 64, whose steps are short against the latency of a copy, and
+    several short lists a CTA were chosen by reasoning.
+
+    Args:
+      H: size of heads.
+      key_block: size of blocks of keys.
+      readers: the lists of blocks of queries.
+      keys: those of blocks of keys.
+    """
+    wide = 128 if key_block % 128 == 0 else 64
+    narrow = H == 64
+    stages = 4 if narrow else 2
+    return LaunchConfig(
+        blocks=readers.a_cta,
+        key_blocks=keys.a_cta,
+        width=wide,
+        stages=stages,
+        query_gradient_width=wide if narrow else 64,
+        query_gradient_stages=stages,
+        key_gradient_stages=stages,
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

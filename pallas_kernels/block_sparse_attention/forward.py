@@ -7,8 +7,8 @@ with m the largest t so far: sums are scaled down when it grows.
 
 Floor for a score of H = 128: 512 FLOP of the matrix unit and one power of two. With 32768 tokens,
 16 heads and a causal plan, 8.6e9 scores, that is 5.5 ms at 800 TFLOP/s; powers alone, 4.2e12 a
-second, 2.0 ms. No GPU has run the kernel yet; compiled for sm_90a it takes 211 of the 240 registers
-of a computing thread, spills nothing, and no product is serialised.
+second, 2.0 ms. On an H200 it takes 6.6 ms, and cuDNN's kernel 6.5 ms in the same run: 84 % of the
+floor. Without turns it is 7 % slower, with steps of 64 keys 20 %; more stages change nothing.
 """
 
 import jax
@@ -38,32 +38,30 @@ def attend(
     B, T, N, H = q.shape
     width, group = plan.config.width, N // k.shape[2]
 
-    def block_sparse_attention_forward(arrays, outs, *, here, tiles, barriers, rings, turns):
-        q, k, v, phases, rule = arrays
+    def block_sparse_attention_forward(arrays, outs, *, here, rings, turns):
+        _, k, v, phases, rule = arrays
         out, lse = outs
         keys, values = rings
         steps = plan.steps(phases, here, here.head, plan.key_block, width)
 
-        def copy():
-            @pl.loop(0, steps.count)
-            def _(step):
-                tokens = pl.ds(steps.token(step), width)
-                source = here.batch, tokens, lax.div(here.head, group)
-                keys.fill(step, k.at[source])
-                values.fill(step, v.at[source])
+        def copy(first):
+            def fill(slot, token):
+                source = here.batch, pl.ds(token, width), lax.div(here.head, group)
+                keys.fill(slot, k.at[source])
+                values.fill(slot, v.at[source])
 
-        def compute():
-            here.fetch([q], tiles, barriers)
+            return steps.copy(fill, first)
 
-            def body(step, _, state, *, is_partial):
+        def compute(first, tiles):
+            def body(step, slot, state, *, is_partial):
                 mixed, total, highest = state
                 weight = steps.weight(step)
                 hide = plan.hiding(
                     rule, here, here.head, steps, step, rows="queries", is_partial=is_partial
                 )
-                (query,), key = here.own(tiles), keys.tile(step)
+                (query,), key = here.own(tiles), keys.tile(slot)
                 t = hide(plan.products.product(query, key.transpose((1, 0)), turns.swap))
-                keys.release(step)
+                keys.release(slot)
                 before, largest = highest, t.max(axis=1) * plan.factor
                 highest = jnp.maximum(before, _plus(largest, weight))
                 # Rows that have seen nothing yet stay at -inf; subtract 0 there.
@@ -76,32 +74,33 @@ def attend(
                 mixed, total, highest, p = lax.optimization_barrier(
                     (mixed, total, highest, p.astype(v.dtype))
                 )
-                values.wait(step)
+                values.wait(slot)
                 turns.swap()
 
                 def meanwhile():
-                    pl.when(step + 1 < steps.count)(lambda: keys.wait(step + 1))
+                    pl.when(step + 1 < steps.count)(lambda: keys.wait(slot + 1))
 
-                mixed = plan.products.accumulate(mixed, p, values.tile(step), meanwhile)
-                values.release(step)
+                mixed = plan.products.accumulate(mixed, p, values.tile(slot), meanwhile)
+                values.release(slot)
                 return mixed, total, highest
 
-            pl.when(steps.count > 0)(lambda: keys.wait(0))
-            turns.begin(here)
+            # The other one may wait for a swap before it lets go of the block that was before.
+            lax.cond(steps.count > 0, lambda: keys.wait(first), turns.skip)
             nothing = plgpu.layout_cast(jnp.zeros((TILE,), jnp.float32), ALONG_ROWS)
-            mixed, total, highest = steps.walk(body, (zeros(H), nothing, nothing - jnp.inf))
-            turns.end(here)
+            mixed, total, highest = steps.walk(body, (zeros(H), nothing, nothing - jnp.inf), first)
             # The largest term is 1; a query that sees nothing has a sum of 0, and -inf.
             here.write(lse, highest * (1 / LOG2_E) + jnp.log(total))
             share = 1 / jnp.maximum(total, 1e-30)
             here.store([mixed * over_columns(share, H)], here.own(tiles), [out])
+            return first + steps.count
 
         return copy, compute
 
     return plan.launch(
-        block_sparse_attention_forward, (q, k, v, phases, rule), resident=[q],
+        block_sparse_attention_forward, (q, k, v, phases, rule), resident=[0],
         tiles=[((width, H), x.dtype) for x in (k, v)], block=plan.query_block,
-        stages=plan.config.stages, reverse=True, takes_turns=plan.config.takes_turns,
+        blocks=plan.config.blocks, stages=plan.config.stages,
+        takes_turns=plan.config.takes_turns,
         out_type=(
             jax.ShapeDtypeStruct((B, T, N, H), q.dtype),
             jax.ShapeDtypeStruct((B, N, T), jnp.float32),

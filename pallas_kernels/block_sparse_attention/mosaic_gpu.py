@@ -13,9 +13,10 @@ import math
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from pallas_kernels.block_sparse_attention.backward import key_gradients, query_gradients
-from pallas_kernels.block_sparse_attention.config import LaunchConfig, heuristic
+from pallas_kernels.block_sparse_attention.config import LaunchConfig, Walks, heuristic
 from pallas_kernels.block_sparse_attention.forward import attend
 from pallas_kernels.block_sparse_attention.items import NEVER, Lists
 from pallas_kernels.block_sparse_attention.phases import by_keys, by_queries
@@ -60,10 +61,11 @@ def block_sparse_attention(
       ValueError: saying why these kernels do not serve the call.
     """
     (T, N), (S, _, H) = q.shape[1:3], v.shape[1:]
-    config = config or heuristic(key_block=key_block)
+    config = config or _heuristic(q, k, lists, key_block)
     reason = objection(
-        dtype=q.dtype, F=q.shape[3], H=H, query_block=query_block, key_block=key_block
-    )
+        dtype=q.dtype, B=len(q), N=N, F=q.shape[3], H=H, query_block=query_block,
+        key_block=key_block,
+    )  # fmt: skip
     if reason is not None:
         raise ValueError(f"block_sparse_attention: the mosaic_gpu kernels {reason}")
     for name, block in (
@@ -96,7 +98,17 @@ def block_sparse_attention(
     return out[:, :T], lse.swapaxes(1, 2)[:, :T]
 
 
-def objection(*, dtype, F: int, H: int, query_block: int, key_block: int) -> str | None:
+def _heuristic(q: jax.Array, k: jax.Array, lists: Lists, key_block: int) -> LaunchConfig:
+    (B, _, N, _), K = q.shape, k.shape[2]
+    m, e = lists.blocks.shape[2:]
+    n = lists.start.shape[-1] - 1
+    readers, keys = Walks(B * N * m, e), Walks(B * K * n, N // K * m * e / n)
+    return heuristic(H=q.shape[3], key_block=key_block, readers=readers, keys=keys)
+
+
+def objection(
+    *, dtype, B: int, N: int, F: int, H: int, query_block: int, key_block: int
+) -> str | None:
     """Why the kernels do not serve a call, in words, or None."""
     if dtype not in (jnp.bfloat16, jnp.float16):
         return f"take bfloat16 or float16, not {jnp.dtype(dtype).name}"
@@ -105,6 +117,8 @@ def objection(*, dtype, F: int, H: int, query_block: int, key_block: int) -> str
     for name, size in (("query_block", query_block), ("key_block", key_block)):
         if size % TILE:
             return f"take blocks of multiples of 64, not {name}={size}"
+    if max(B, N) >= 2**16:
+        return f"take up to 65535 rows and heads, not B={B}, N={N}"
     return None
 
 
@@ -122,8 +136,9 @@ def _attend_backward(plan, residuals, cotangents):
     q, k, v, lists, rule, out, lse = residuals
     g, d_lse = cotangents
     empty = jnp.isneginf(lse)
-    mean = jnp.sum(g.astype(jnp.float32) * out.astype(jnp.float32), axis=-1).swapaxes(1, 2)
-    mean -= jnp.where(empty, 0, d_lse)
+    mean = jnp.sum(g.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
+    # XLA would fuse the sum into what rearranges it, which takes six times as long.
+    mean = lax.optimization_barrier(mean).swapaxes(1, 2) - jnp.where(empty, 0, d_lse)
     numbers = jnp.stack([jnp.where(empty, jnp.inf, lse * LOG2_E), mean], axis=2)
     arrays = q, g, numbers, k, v
     dq = query_gradients(plan, *arrays, by_queries(lists), rule)

@@ -1,9 +1,9 @@
 """What the Hopper kernels share: launching, the steps of a walk, and the rule.
 
 A CTA keeps a block of 64 tokens a computing warpgroup in shared memory, queries or keys, and its
-list says which others stream past it (`phases`), copied by a warpgroup of its own (`ring`). CTAs
-whose walks tend to be long come first; those of one head are neighbours in time and read the same
-tokens from L2.
+list says which others stream past it (`phases`), copied by a warpgroup of its own (`ring`). Where
+lists are short it goes on to further blocks, which are copied while the one before is at work. The
+longest lists come first; CTAs of one head are neighbours in time and read the same tokens from L2.
 """
 
 import dataclasses
@@ -70,71 +70,116 @@ class Plan:
 
     def launch(
         self,
-        body: Callable[..., tuple[Callable[[], None], Callable[[], None]]],
+        body: Callable[..., tuple[Callable[[Any], Any], Callable[[Any, list], Any]]],
         arrays: Any,
         *,
-        resident: Sequence[jax.Array],
+        resident: Sequence[int],
         tiles: Sequence[tuple[tuple[int, ...], Any]],
         block: int,
+        blocks: int,
         stages: int,
         out_type: Any,
-        reverse: bool = False,
+        members: int = 1,
         takes_turns: bool = False,
     ) -> Any:
         """Runs a kernel on every block of every head of what stays.
 
         Args:
-          body: the kernel, named as profiles shall show it. Of `arrays`, outputs, `here`, `tiles`
-            and `barriers` for what stays, `rings` for what streams and `turns` it gives what the
-            copying warpgroup does, and what a computing one does.
+          body: the kernel, named as profiles shall show it. Of `arrays`, outputs, `rings` for what
+            streams, `turns`, and `here`, where it is, it gives `copy(first)`, what the copying
+            warpgroup does there, and `compute(first, tiles)`, what a computing one does with its
+            tiles of what stays. Of the steps that were taken before, both give those after it.
           arrays: its inputs.
-          resident: what stays, `[B,T,heads,H]`.
+          resident: which of them stay, `[B,T,heads,H]`.
           tiles: shapes and dtypes of the tiles that stream.
           block: tokens of a block of its list.
+          blocks: that a CTA works through, one after another.
           stages: tiles in flight.
           out_type: shapes of its outputs.
-          reverse: whether later blocks tend to have longer lists.
+          members: query heads to a head of what stays.
           takes_turns: whether computing warpgroups do.
         """
-        B, T, heads, H = resident[0].shape
+        B, T, heads, H = arrays[resident[0]].shape
         # Both read the same list.
         readers = 2 if block % (2 * TILE) == 0 else 1
-        ctas = T // (readers * TILE)
+        num_blocks = T // (readers * TILE)
+        ctas, parts = -(-num_blocks // blocks), block // (readers * TILE)
+        grid = {"batch": B, "head": heads, "block": ctas}
+        if blocks > 1:  # short lists share little, but each head may have a few long ones
+            grid = {"batch": B, "block": ctas, "head": heads}
         scratch: dict[str, Any] = {}
         if takes_turns and readers == 2:
             scratch = {"turn": plgpu.Barrier(num_arrivals=readers)}
 
-        def kernel(arrays, *outs, turn=None, **scratch):
-            index = lax.axis_index("block")
-            index = ctas - 1 - index if reverse else index
+        def kernel(arrays, *outs, residents, rings, turn=None):
+            cta, batch, head = (lax.axis_index(name) for name in ("block", "batch", "head"))
+            *_, phases, _ = arrays
+            at = self.of(phases.order, batch, head * members)
             warpgroup = lax.axis_index("warpgroup")
-            here = Here(
-                lax.axis_index("batch"), lax.axis_index("head"),
-                lax.div(index, block // (readers * TILE)), warpgroup,
-                (index * readers + warpgroup) * TILE,
-            )  # fmt: skip
-            copy, compute = body(arrays, outs, here=here, turns=Turns(turn), **scratch)
+            turns = Turns(turn)
+
+            def here(i, warpgroup):
+                place = cta + i * ctas
+                index = phases.order[*at, lax.div(place, parts)]
+                part = index * parts + lax.rem(place, parts)
+                return Here(batch, head, index, warpgroup, (part * readers + warpgroup) * TILE)
+
+            def over_blocks(run):
+                """Runs `run(i, first) -> first` on every block of the CTA."""
+                if blocks == 1:
+                    run(0, jnp.int32(0))
+                else:
+                    count = lax.div(num_blocks - cta + ctas - 1, ctas)
+                    lax.fori_loop(0, count, run, jnp.int32(0))
 
             def copying() -> None:
                 if readers > 1:
                     plgpu.set_max_registers(24, action="decrease")
-                copy()
+
+                def run(i, first):
+                    own = [here(i, reader) for reader in range(readers)]
+                    for ring, array in zip(residents, (arrays[j] for j in resident), strict=True):
+                        ring.clear(i)
+                        for reader, at in enumerate(own):
+                            ring.fill_part(i, reader, array.at[batch, at.tokens, head])
+                    copy, _ = body(arrays, outs, here=own[0], rings=rings, turns=turns)
+                    return copy(first)
+
+                over_blocks(run)
 
             def computing() -> None:
                 # One alone has as many as a thread may have, and what is copied needs few.
                 if readers > 1:
                     plgpu.set_max_registers(240, action="increase")
-                compute()
+
+                def run(i, first):
+                    own = here(i, warpgroup)
+                    _, compute = body(arrays, outs, here=own, rings=rings, turns=turns)
+                    for ring in residents:
+                        ring.wait(i)
+                    first = compute(first, [ring.tile(i) for ring in residents])
+                    for ring in residents:
+                        ring.release(i)
+                    return first
+
+                turns.begin(warpgroup)
+                over_blocks(run)
+                turns.end(warpgroup)
 
             lax.cond(warpgroup == readers, copying, computing)
 
         kernel.__name__ = body.__name__  # for profiles
         run = plgpu.kernel(
-            kernel, out_type=out_type, grid=(B, heads, ctas), grid_names=("batch", "head", "block"),
+            kernel, out_type=out_type, grid=tuple(grid.values()), grid_names=tuple(grid),
             num_threads=readers + 1, thread_name="warpgroup",
             scratch_types={
-                "tiles": tuple(plgpu.SMEM((readers, TILE, H), x.dtype) for x in resident),
-                "barriers": plgpu.Barrier(num_arrivals=len(resident), num_barriers=readers),
+                "residents": tuple(
+                    Ring.scratch(
+                        (readers, TILE, H), arrays[j].dtype, stages=min(2, blocks),
+                        readers=readers, copies=readers,
+                    )
+                    for j in resident
+                ),
                 "rings": tuple(
                     Ring.scratch(shape, dtype, stages=stages, readers=readers)
                     for shape, dtype in tiles
@@ -247,6 +292,15 @@ class Steps:
             return None
         entry = self.begin + lax.div(step, self.block // self.width)
         return self.phases.log_weight[*self.at, entry]
+
+    def copy(self, fill: Callable[[Any, Any], None], first: Any) -> Any:
+        """Calls `fill(slot, token)` for every step; gives the slot after the last."""
+
+        @pl.loop(0, self.count)
+        def _(step):
+            fill(first + step, self.token(step))
+
+        return first + self.count
 
     def walk(self, body: Callable[..., Any], state: Any, first: Any = 0) -> Any:
         """The state after `body(step, slot, state, is_partial) -> state` for every step.

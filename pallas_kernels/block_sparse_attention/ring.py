@@ -28,23 +28,32 @@ class Ring(NamedTuple):
     free: Any
 
     @classmethod
-    def scratch(cls, shape: tuple[int, ...], dtype, *, stages: int, readers: int) -> "Ring":
-        """The scratch that becomes a ring inside a kernel."""
+    def scratch(
+        cls, shape: tuple[int, ...], dtype, *, stages: int, readers: int, copies: int = 1
+    ) -> "Ring":
+        """The scratch that becomes a ring inside a kernel; a tile comes in so many copies."""
         return cls(
             plgpu.SMEM((stages, *shape), dtype),
-            plgpu.Barrier(num_barriers=stages),
+            plgpu.Barrier(num_barriers=stages, num_arrivals=copies),
             plgpu.Barrier(num_barriers=stages, num_arrivals=readers),
         )
 
     def fill(self, step: Any, source: Any) -> None:
         """Copies a step's tile, as soon as its slot is free."""
-        slot = self._slot(step)
+        self.clear(step)
+        plgpu.copy_gmem_to_smem(source, self.tile(step), self.ready.at[self._slot(step)])
+
+    def fill_part(self, step: Any, part: int, source: Any) -> None:
+        """Copies one part of a step's tile, `[parts, ...]`, whose slot is clear."""
+        target = self.tile(step).at[part]
+        plgpu.copy_gmem_to_smem(source, target, self.ready.at[self._slot(step)])
+
+    def clear(self, step: Any) -> None:
+        """Waits until a step's slot is free."""
 
         @pl.when(step >= self.tiles.shape[0])
         def _():
-            plgpu.barrier_wait(self.free.at[slot])
-
-        plgpu.copy_gmem_to_smem(source, self.tiles.at[slot], self.ready.at[slot])
+            plgpu.barrier_wait(self.free.at[self._slot(step)])
 
     def wait(self, step: Any) -> None:
         """Waits for a step's tile. A reader does so once a step, in order."""

@@ -1,6 +1,7 @@
-r"""Gradients, every chunk by itself, from the state S at its start and its gradient dS at its end.
+r"""Gradients of queries, keys and log decays, every chunk by itself.
 
-    dV = A^T dO + (K e^{G_C - G}) dS
+From the state S at a chunk's start and its gradient dS at its end:
+
     dQ = e^G dO S^T       + sum over levels of e^.. (dA (K e^..))         dA = dO V^T, causal
     dK = e^{G_C-G} V dS^T + sum over levels of e^.. (dA^T (Q e^..))
 
@@ -12,11 +13,13 @@ The log decay of token t stands in every exponent from a token before it to one 
 Pairs within the chunk that t does not part are in both of the first sums and have to cancel: both
 are formed of the same rounded operands, and then they do. All else only adds up.
 
-Floor of forward and backward at the shape in `forward`: 2 GB moved, 0.47 ms. Reached on an H200:
-2.56 ms, of it 1.14 here, 1.0 in six sweeps over states, 0.25 for outputs, the rest in XLA.
+A CTA takes 64 features, whose factors e^.. already take the registers of a tile each. Mild and
+strong chunks go separate ways from the start to the end: where the two paths joined again, the
+compiler serialised products for want of registers (C7511).
 
-One kernel finds dV. A second finds the rest, 64 features a CTA: factors e^.. take the registers of
-a tile each.
+Floor of forward and backward at the shape in `forward`: 2 GB moved, 0.47 ms. Reached on an H200:
+1.41 ms, all of it traffic: 0.46 here (1.6 GB, states of chunks and their gradients among them),
+0.49 in two walks, 0.40 in three sweeps over states, 0.04 in XLA.
 """
 
 import jax
@@ -29,54 +32,19 @@ from pallas_kernels.gated_linear_attention.decay import (
     LOWEST,
     Decay,
     after,
-    over_levels,
+    from_middle,
+    is_strong,
+    make_finite,
+    matrix,
+    mild_level,
+    over_strong_levels,
+    passed,
     summed,
+    times,
     up_to,
 )
-from pallas_kernels.gated_linear_attention.forward import scores_of_chunk, times
-from pallas_kernels.gated_linear_attention.plan import Chunk, Plan, fetch, shared
-from pallas_kernels.tiles import ALONG_COLUMNS, TILE, WGMMA, iota, over_rows
-
-
-def value_gradients(
-    plan: Plan, q: jax.Array, k: jax.Array, d_out: jax.Array, decay: Decay, d_states: jax.Array
-) -> jax.Array:
-    """Gradients of the values, of each query head: `[B,T,N,H]`; arguments as below."""
-    N, F, H = *q.shape[2:], d_out.shape[3]
-
-    def gated_linear_attention_value_gradients(
-        q, k, d_out, decay, d_states, dv, *, query, key, grad, terms, d_state, keys, tile, barrier
-    ):
-        here = Chunk.here()
-        fetch(
-            [
-                (here.of_tokens(q, N), query), (here.of_tokens(k, N), key),
-                (here.of_tokens(d_out, N), grad), (here.terms(decay, N), terms),
-                (here.of_state(d_states, N), d_state),
-            ],
-            barrier,
-        )  # fmt: skip
-        products, tile = plan.products, keys if tile is None else tile
-        levels = decay.levels[here.gate(decay, N)]
-        scores = scores_of_chunk(products, query, key, keys, terms, levels)
-        weights = query.at[:, pl.ds(0, TILE)]  # queries have been read
-        weights[...] = scores.astype(weights.dtype)
-        plgpu.commit_smem()
-        total = products.product(weights.transpose((1, 0)), grad)
-        past = jnp.exp(summed(products, after, terms))
-        total = products.accumulate(total, times(key, past), d_state)
-        _store(here.of_tokens(dv, N), plan.scale * total, tile)
-        plgpu.wait_smem_to_gmem(0)
-
-    return plan.launch(
-        gated_linear_attention_value_gradients, q, k, d_out, decay, d_states, grid=Chunk.grid(q),
-        out_type=jax.ShapeDtypeStruct(d_out.shape, _summable(q, k)),
-        scratch={
-            "query": shared(TILE, F), "key": shared(TILE, F), "grad": shared(TILE, H),
-            "terms": shared(decay.rows, F), "d_state": shared(F, H), "keys": shared(TILE, F),
-            "tile": None if F == H else shared(TILE, H), "barrier": plgpu.Barrier(num_arrivals=5),
-        },
-    )  # fmt: skip
+from pallas_kernels.gated_linear_attention.plan import Chunk, Plan, shared, store
+from pallas_kernels.tiles import ALONG_COLUMNS, TILE, WGMMA, over_rows, zeros
 
 
 def feature_gradients(
@@ -96,122 +64,144 @@ def feature_gradients(
       q, k, v: `[B,T,N,F]`, `[B,T,M,F]` and `[B,T,M,H]`.
       d_out: gradient of the output, `[B,T,N,H]`.
       decay: that of M heads.
-      states: the state that each chunk starts from, `[B,M,chunks,F,H]`.
-      d_states: gradient of the state at the end of each chunk, of the query head's output alone,
-        `[B,N,chunks,F,H]`, but for the factor `plan.scale`.
+      states: the state that each chunk reads, `[B,M,chunks,F,H]`.
+      d_states: its gradient as each chunk reads that from its end, of the query head's output
+        alone, `[B,N,chunks,F,H]`, but for the factor `plan.scale`.
     """
     (B, T, N, F), H = q.shape, v.shape[3]
     products = plan.products
 
     def gated_linear_attention_feature_gradients(
         q, k, v, d_out, decay, states, d_states, dq, dk, dg,
-        *, query, key, value, grad, terms, state, d_state, square, through, barrier,
+        *, query, key, value, grad, terms, halves, state, d_state, square, through, barrier,
     ):  # fmt: skip
-        here = Chunk.here()
+        batch, chunk, head = (lax.axis_index(axis) for axis in ("batch", "chunk", "head"))
+        here = Chunk(batch, chunk, head, N)
         features = pl.ds(lax.axis_index("slice") * TILE, TILE)
-        fetch(
-            [
-                *(
-                    (here.of_tokens(array, N).at[:, features], tile)
-                    for array, tile in ((q, query), (k, key))
-                ),
-                (here.terms(decay, N).at[:, features], terms),
-                (here.of_tokens(v, N), value), (here.of_tokens(d_out, N), grad),
-                (here.of_state(states, N).at[features], state),
-                (here.of_state(d_states, N).at[features], d_state),
-            ],
-            barrier,
-        )  # fmt: skip
+        for source, target in (
+            (here.of_tokens(v), value), (here.of_tokens(d_out), grad),
+            (here.of_state(states).at[features], state),
+            (here.of_state(d_states).at[features], d_state),
+            (here.of_tokens(q).at[:, features], query), (here.of_tokens(k).at[:, features], key),
+            (here.terms(decay).at[:, features], terms), (here.halves(decay), halves),
+        ):  # fmt: skip
+            plgpu.copy_gmem_to_smem(source, target, barrier)
+        plgpu.barrier_wait(barrier)
+        blocks = [pl.ds(i, TILE) for i in range(0, H, TILE)]
+        through[...] = sum(
+            (_load(state.at[:, block]) * _load(d_state.at[:, block])).sum(axis=1)
+            for block in blocks
+        )
 
-        # What passes the chunk's borders.
-        d_q = products.product(grad, state.transpose((1, 0)))
-        d_q *= jnp.exp(summed(products, up_to, terms))
-        change = _load(query) * d_q
-        d_k = products.product(value, d_state.transpose((1, 0)))
-        d_k *= jnp.exp(summed(products, after, terms))
-        past = (_load(key) * d_k).astype(jnp.bfloat16)
-        through[...] = (_load(state) * _load(d_state)).sum(axis=1)
-        d_scores = products.product(grad, value.transpose((1, 0))).astype(jnp.bfloat16)
+        def read_all():
+            d_scores = products.product(grad, value.transpose((1, 0))).astype(jnp.bfloat16)
+            outer = products.products(
+                (grad, state.transpose((1, 0))), (value, d_state.transpose((1, 0)))
+            )
+            return d_scores, *outer
 
-        # Pairs within the chunk. States have been read, and their memory serves as scratch.
-        queries, keys = (x.at[:, pl.ds(0, TILE)] for x in (state, d_state))
+        # All but queries and keys have been read, and their memory serves as scratch.
+        queries, keys, past, all_scores = (
+            x.at[:, pl.ds(0, TILE)] for x in (state, d_state, value, grad)
+        )
 
-        def add(level, sums):
-            d_q, d_k, change = sums
-            part = jnp.where(level.part, d_scores, jnp.zeros_like(d_scores))
+        def begin(level, scores):
             queries[...] = times(query, level.queries)
             keys[...] = times(key, level.keys)
-            square[...] = part
+            square[...] = jnp.where(level.part, scores, jnp.zeros_like(scores))
             plgpu.commit_smem()
-            x = products.product(part, keys)
-            change += _load(queries) * x
-            d_q += level.queries * x
-            x = products.product(square.transpose((1, 0)), queries)
-            change -= _load(keys) * x
-            return d_q, d_k + level.keys * x, change
 
-        d_q, d_k, change = over_levels(
-            add, (d_q, d_k, change), products=products, terms=terms,
-            count=decay.levels[here.gate(decay, N)],
-        )  # fmt: skip
-        _store(here.of_tokens(dq, N).at[:, features], plan.scale * d_q, query)
-        _store(here.of_tokens(dk, N).at[:, features], plan.scale * d_k, key)
+        def mild():
+            d_scores, outer_q, outer_k = read_all()
+            sums = summed(products, from_middle, terms)
+            begin(mild_level(sums), d_scores)
+            d_q, inner_k = products.accumulate_both(
+                (outer_q, square, keys), (zeros(TILE), square.transpose((1, 0)), queries)
+            )
+            past[...] = (_load(keys) * outer_k).astype(past.dtype)
+            level = mild_level(lax.optimization_barrier(sums))  # found anew, to save registers
+            change = _load(queries) * d_q - _load(keys) * inner_k
+            d_q = (plan.scale * level.queries * d_q).astype(dq.dtype)
+            d_k = (plan.scale * level.keys * (outer_k + inner_k)).astype(dk.dtype)
+            return d_q, d_k, change
 
-        # The log decays.
-        high = change.astype(jnp.bfloat16)
-        queries[...] = high
-        keys[...] = (change - high.astype(jnp.float32)).astype(jnp.bfloat16)
-        square[...] = past
-        plgpu.commit_smem()
-        # Not `accumulate`: of two products of one matrix in registers the second came out wrong.
-        total = products.product(_matrix(iota(1) >= iota(0)), queries)
-        total += products.product(_matrix(iota(1) >= iota(0)), keys)
-        total += products.product(_matrix(iota(1) < iota(0)), square)
-        factor = decay.factor.at[here.gate(decay, N)].at[features]
-        last = plgpu.load(factor, layout=ALONG_COLUMNS, optimized=False)
-        last *= plgpu.load(through, layout=ALONG_COLUMNS)
-        total = plan.scale * (total + over_rows(last))
-        forgets = _load(terms.at[pl.ds(0, TILE)]) < LOWEST
-        target = here.of_tokens(dg, N).at[:, features]
-        _store(target, jnp.where(forgets, 0.0, total), square)
-        plgpu.wait_smem_to_gmem(0)
+        def strongly():
+            make_finite(terms)
+            d_scores, outer_q, outer_k = read_all()
+            all_scores[...] = d_scores
+            from_start, to_end = (
+                jnp.exp(summed(products, weights, terms)) for weights in (up_to, after)
+            )
+            d_q, d_k = from_start * outer_q, to_end * outer_k
+            past[...] = (_load(key) * d_k).astype(past.dtype)
 
+            def add(level, sums):
+                d_q, d_k, change = sums
+                begin(level, plgpu.load(all_scores, layout=WGMMA))
+                inner = products.product(square, keys)
+                d_q += level.queries * inner
+                change += _load(queries) * inner
+                inner = products.product(square.transpose((1, 0)), queries)
+                return d_q, d_k + level.keys * inner, change - _load(keys) * inner
+
+            sums = d_q, d_k, _load(query) * d_q
+            d_q, d_k, change = over_strong_levels(add, sums, products=products, terms=terms)
+            return (plan.scale * d_q).astype(dq.dtype), (plan.scale * d_k).astype(dk.dtype), change
+
+        def run(strong):
+            d_q, d_k, change = strongly() if strong else mild()
+            store(d_q, here.of_tokens(dq).at[:, features], query)
+            store(d_k, here.of_tokens(dk).at[:, features], key)
+
+            # The log decays.
+            high = change.astype(jnp.bfloat16)
+            queries[...] = high
+            keys[...] = (change - high.astype(jnp.float32)).astype(jnp.bfloat16)
+            from_here, earlier = square, all_scores
+            from_here[...] = matrix(from_t_on)
+            earlier[...] = matrix(before)
+            plgpu.commit_smem()
+            total, low = products.products((from_here, queries), (from_here, keys))
+            total = products.accumulate(total + low, earlier, past)
+            last = plgpu.load(through, layout=ALONG_COLUMNS)
+            if strong:  # states that are read in mild chunks have decayed up to the middle
+                first, second = passed(halves.at[:, features], ALONG_COLUMNS)
+                last *= first * second
+            total = plan.scale * (total + over_rows(last))
+            if strong:
+                total = jnp.where(_load(terms.at[pl.ds(0, TILE)]) < LOWEST, 0.0, total)
+            store(total, here.of_tokens(dg).at[:, features], square)
+            plgpu.wait_smem_to_gmem(0)
+
+        lax.cond(is_strong(halves) > 0, lambda: run(strong=True), lambda: run(strong=False))
+
+    summable = q.dtype if k.shape[2] == N else jnp.float32  # over query heads
     return plan.launch(
         gated_linear_attention_feature_gradients, q, k, v, d_out, decay, states, d_states,
         grid={"batch": B, "chunk": T // TILE, "slice": F // TILE, "head": N},
         out_type=tuple(
             jax.ShapeDtypeStruct(q.shape, dtype)
-            for dtype in (
-                q.dtype, _summable(q, k), _summable(q, k) if decay.rows == TILE else jnp.float32
-            )
+            for dtype in (q.dtype, summable, summable if decay.rows == TILE else jnp.float32)
         ),
         scratch={
             "query": shared(TILE, TILE), "key": shared(TILE, TILE), "value": shared(TILE, H),
             "grad": shared(TILE, H), "terms": shared(decay.rows, TILE),
-            "state": shared(TILE, H), "d_state": shared(TILE, H), "square": shared(TILE, TILE),
-            "through": plgpu.SMEM((TILE,), jnp.float32), "barrier": plgpu.Barrier(num_arrivals=7),
+            "halves": plgpu.SMEM((2, F), jnp.float32), "state": shared(TILE, H),
+            "d_state": shared(TILE, H), "square": shared(TILE, TILE),
+            "through": plgpu.SMEM((TILE,), jnp.float32), "barrier": plgpu.Barrier(num_arrivals=8),
         },
     )  # fmt: skip
 
 
-def _summable(q: jax.Array, k: jax.Array):
-    """The dtype of gradients that are summed over query heads later."""
-    return q.dtype if k.shape[2] == q.shape[2] else jnp.float32
+def from_t_on(t: jax.Array, s: jax.Array) -> jax.Array:
+    """The sum over tokens from t on."""
+    return jnp.where(s >= t, 1, 0)
+
+
+def before(t: jax.Array, s: jax.Array) -> jax.Array:
+    """The sum over tokens before t."""
+    return jnp.where(s < t, 1, 0)
 
 
 def _load(tile) -> jax.Array:
     return plgpu.load(tile, layout=WGMMA).astype(jnp.float32)
-
-
-def _matrix(mask: jax.Array) -> jax.Array:
-    return jnp.where(mask, 1.0, 0.0).astype(jnp.bfloat16)
-
-
-def _store(target, numbers: jax.Array, tile) -> None:
-    """Writes to global memory, bfloat16 through a tile in shared memory."""
-    if target.dtype == jnp.float32:
-        target[...] = numbers
-        return
-    tile[...] = numbers.astype(tile.dtype)
-    plgpu.commit_smem()
-    plgpu.copy_smem_to_gmem(tile, target)

@@ -5,8 +5,8 @@ import dataclasses
 from pallas_kernels.tiles import TILE
 from pallas_kernels.tpu import LANES
 
-# CTAs of the sweep that an H100 or H200 holds at once: four on each of 132 multiprocessors.
-_RESIDENT_CTAS = 528
+# Multiprocessors of an H100 or H200.
+_MULTIPROCESSORS = 132
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -14,9 +14,9 @@ class LaunchConfig:
     """How a call is cut up.
 
     Attributes:
-      groups: parts into which each sequence is split for the sweep over states; 1 sweeps it once,
-        more sweep it twice.
-      stages: chunks in flight from global to shared memory.
+      groups: parts into which each sequence is split, each walked by a CTA of its own; more than
+        one take a sweep first that finds the states they start from.
+      stages: chunks that a sweep over states has in flight from global to shared memory.
 
     Raises:
       ValueError: for numbers that do not fit.
@@ -41,8 +41,9 @@ def heuristic(*, B: int, T: int, N: int, F: int, H: int) -> LaunchConfig:
     number is preferred.
     """
     chunks = -(-T // TILE)
-    sweeps = B * N * (F // TILE) * (H // TILE)
-    wanted = max(1, min(_RESIDENT_CTAS // sweeps, chunks))
+    # Shared memory of a multiprocessor holds one walk of size 128, or two of 64.
+    resident = _MULTIPROCESSORS * (1 if max(F, H) > TILE else 2)
+    wanted = max(1, min(resident // (B * N), chunks))
     fitting = [n for n in range(wanted, wanted // 2, -1) if chunks % n == 0]
     return LaunchConfig(groups=(fitting or [wanted])[0], stages=3)
 

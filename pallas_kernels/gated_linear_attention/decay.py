@@ -1,40 +1,49 @@
-r"""Decays inside a chunk of 64 tokens: sums of log decays, as products with matrices of 0 and 1.
+r"""Decays inside a chunk of 64 tokens: sums of log decays, as products with matrices of 0 and ±1.
 
-Such a product, summed in float32, is exact but for the sum's own rounding, and each entry is a sum
-of the terms it is made of: nothing cancels. Operands are bfloat16; a float32 log decay is the sum
-of two such terms. They are not two products summed in one accumulator: of two products of one
-matrix in registers, the second came out wrong on the chip.
+Such a product, summed in float32, is exact but for the sum's own rounding. Operands are bfloat16;
+a float32 log decay is the sum of two such terms.
 
 Scores with decays, A_ts = sum_c q_tc k_sc e^{G_tc - G_sc}, take a product of matrices with the
-factor split between q and k at a border. For h = 32, 16 ... 1, the right one of two neighbouring
-blocks of h tokens refers to the border between them, and so does the left:
+factor split between q and k at a token that both refer to. A chunk is MILD where no channel loses
+more than e^-60 in either half, which the gates of trained models hardly ever do: then all tokens
+refer to the middle m,
+
+    q_t e^{G_t - G_m}  ·  k_s e^{G_m - G_s}
+
+since exponents of those on the wrong side of it are <= 60, and the factors of any s <= t still
+multiply to <= 1. The same scaled q and k also read and write the state, if that too refers to the
+middle: e^{G_m} S.
+
+A chunk that is not mild is STRONG. For h = 32, 16 ... 1, the right one of two neighbouring blocks
+of h tokens refers to the border between them, and so does the left:
 
     q_t e^{sum from the border to t}  ·  k_s e^{sum from after s to the border}
 
-All exponents are <= 0, however strong the decay; with the diagonal that makes seven products, each
-for its own part of A. Where no channel loses more than e^-60 in half a chunk, which the gates of
-trained models hardly ever do, a single one suffices: all tokens refer to the middle, the exponents
-of those on the wrong side of it are <= 60, and the factors of any s <= t still multiply to <= 1.
+All exponents are <= 0, however strong the decay, and each is a sum of terms <= 0: nothing cancels.
+With the diagonal that makes seven products, each for its own part of A.
 """
 
+import functools
+import math
+import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.products import Products
-from pallas_kernels.tiles import TILE, iota
-
-LEVELS = 7
-"""Products that A takes at any decay."""
+from pallas_kernels.products import Operand, Products
+from pallas_kernels.tiles import ALONG_ROWS, TILE, WGMMA, iota
 
 LOWEST = -104.0
 """Log decays below leave nothing in float32."""
 
-_MIDDLE = 5  # log2 of half a chunk
-_MILD = 60.0
+_HALF = TILE // 2
+_LEVELS = 7
+_MILD = math.exp(-60)
 _NO_STATE_LEFT = -1e30  # stands for -inf, of which products with 0 would make NaN
 
 
@@ -44,64 +53,117 @@ class Decay(NamedTuple):
     Attributes:
       terms: `[B,chunks·n·64,heads,F]` in bfloat16: of every chunk the log decays of its 64 tokens,
         or where n = 2 those rounded, and then what rounding left of them.
-      factor: `exp` of their sum over each chunk, `[B,chunks,heads,F]` in float32.
-      levels: products that A takes, `[B,chunks,heads]` in int32.
+      halves: what is left of a state after each half of a chunk, `[B,chunks,2,heads,F]` in float32.
     """
 
     terms: Any
-    factor: Any
-    levels: Any
+    halves: Any
 
     @property
     def rows(self) -> int:
         """Rows of a chunk's terms, 64 or 128."""
-        return self.terms.shape[1] // self.factor.shape[1]
+        return self.terms.shape[1] // self.halves.shape[1]
 
     @classmethod
     def of(cls, log_decay: jax.Array) -> "Decay":
         """From log decays `[B,T,heads,F]`, T in whole chunks."""
-        log_decay = jnp.maximum(log_decay, _NO_STATE_LEFT)
         B, T, M, F = log_decay.shape
-        terms = log_decay
+        finite = jnp.maximum(log_decay, _NO_STATE_LEFT)
+        terms = log_decay  # made finite in the kernels, and only in strong chunks
         if log_decay.dtype != jnp.bfloat16:
             # Not a cast there and back, which XLA is free to leave out.
-            high = lax.reduce_precision(log_decay, exponent_bits=8, mantissa_bits=7)
-            both = (x.reshape(B, T // TILE, TILE, M, F) for x in (high, log_decay - high))
+            high = lax.reduce_precision(finite, exponent_bits=8, mantissa_bits=7)
+            both = (x.reshape(B, T // TILE, TILE, M, F) for x in (high, finite - high))
             terms = jnp.concatenate(list(both), axis=2).astype(jnp.bfloat16)
             terms = terms.reshape(B, 2 * T, M, F)
-        sums = jnp.sum(
-            log_decay.reshape(B, T // TILE, 2, TILE // 2, M, F), axis=3, dtype=jnp.float32
-        )
-        mild = sums.min(axis=4).min(axis=2) >= -_MILD
-        return cls(terms, jnp.exp(sums.sum(axis=2)), jnp.where(mild, 1, LEVELS).astype(jnp.int32))
+        # Not a reduction over tokens, with which XLA takes more than twice the time.
+        parts = finite.reshape(B, T // TILE, 2, _HALF, M, F).astype(jnp.float32)
+        sums = functools.reduce(operator.add, (parts[:, :, :, i] for i in range(_HALF)))
+        return cls(terms, jnp.exp(sums))
+
+    def over_groups(self, groups: int) -> jax.Array:
+        """What is left of a state after each group of chunks, `[B,heads,groups,F]`."""
+        B, _, _, M, F = self.halves.shape
+        return self.halves.reshape(B, groups, -1, M, F).prod(axis=2).swapaxes(1, 2)
+
+    def strong_groups(self, groups: int) -> jax.Array:
+        """1 for groups with a chunk that is not mild, else 0: `[B,heads,groups]` in int32."""
+        B, _, _, M, F = self.halves.shape
+        least = self.halves.reshape(B, groups, -1, M, F).min(axis=2).min(axis=-1)
+        return (least.swapaxes(1, 2) < _MILD).astype(jnp.int32)
 
 
-Tokens = Callable[[jax.Array, jax.Array], jax.Array]
-"""Whether the sum of token t (row) takes in token s (column)."""
-
-
-def summed(products: Products, tokens: Tokens, terms) -> jax.Array:
-    """Sums of log decays `[64,F]`, of a chunk's terms in shared memory."""
-    t, s = (iota(axis, terms.shape[0]) for axis in (0, 1))
-    matrix = jnp.where(tokens(t, s & (TILE - 1)), 1.0, 0.0)
-    return products.product(matrix.astype(jnp.bfloat16), terms)
+Weights = Callable[[jax.Array, jax.Array], jax.Array]
+"""How the sum of token t (row) takes in token s (column): integers."""
 
 
 def up_to(t: jax.Array, s: jax.Array) -> jax.Array:
-    """Tokens not after t."""
-    return s <= t
+    """The sum over tokens not after t."""
+    return jnp.where(s <= t, 1, 0)
 
 
 def after(t: jax.Array, s: jax.Array) -> jax.Array:
-    """Tokens after t."""
-    return s > t
+    """The sum over tokens after t."""
+    return jnp.where(s > t, 1, 0)
+
+
+def from_middle(t: jax.Array, s: jax.Array) -> jax.Array:
+    """The sum from the middle of the chunk up to t, negative for t before it."""
+    return jnp.where(s >= _HALF, up_to(t, s), 0) - jnp.where(s < _HALF, after(t, s), 0)
+
+
+def matrix(weights: Weights, rows: int = TILE) -> jax.Array:
+    """The operand that sums terms, `[64,rows]`, in registers."""
+    numbers = weights(iota(0, rows), iota(1, rows) & (TILE - 1))
+    return numbers.astype(jnp.float32).astype(jnp.bfloat16)
+
+
+def summed(products: Products, weights: Weights | Operand, terms) -> jax.Array:
+    """Sums `[64,columns]` of a chunk's terms in shared memory.
+
+    Args:
+      products: the matrix unit.
+      weights: those of the sums, or their matrix `[64,64]` in shared memory.
+      terms: `[64 or 128,columns]`.
+    """
+    if callable(weights):
+        return products.product(matrix(weights, terms.shape[0]), terms)
+    parts = (terms.at[pl.ds(i, TILE)] for i in range(0, terms.shape[0], TILE))
+    return functools.reduce(operator.add, (products.product(weights, part) for part in parts))
+
+
+def make_finite(terms) -> None:
+    """Replaces -inf in terms in shared memory."""
+    for i in range(terms.shape[0] // TILE):
+        part = terms.at[pl.ds(i * TILE, TILE)]
+        numbers = plgpu.load(part, layout=WGMMA)
+        part[...] = jnp.maximum(numbers, jnp.asarray(_NO_STATE_LEFT, numbers.dtype))
+    plgpu.commit_smem()
+
+
+def is_strong(halves) -> jax.Array:
+    """Whether a chunk is not mild, 1 or 0, from its `[2,F]` in shared memory."""
+    least = [plgpu.load(halves.at[i], layout=ALONG_ROWS).min() for i in range(2)]
+    return jnp.where(jnp.minimum(*least) < _MILD, 1, 0)
+
+
+def passed(halves, layout, *, reverse: bool = False) -> tuple[jax.Array, jax.Array]:
+    """What is left of a state after the half of a chunk that it enters first, and the other.
+
+    Args:
+      halves: `[2,64]` in shared memory.
+      layout: along which side of a tile the features lie.
+      reverse: whether the state comes from the end.
+    """
+    first, second = (plgpu.load(halves.at[i], layout=layout) for i in range(2))
+    return (second, first) if reverse else (first, second)
 
 
 class Level(NamedTuple):
     """One of the products that A is made of.
 
     Attributes:
-      queries, keys: factors of q and k, `[64,F]`.
+      queries, keys: factors of q and k, `[64,64 features]`.
       part: the part of A, `[64,64]`.
     """
 
@@ -110,24 +172,33 @@ class Level(NamedTuple):
     part: jax.Array
 
 
-def over_levels(
-    body: Callable[[Level, Any], Any], state: Any, *, products: Products, terms, count
+def mild_level(sums: jax.Array) -> Level:
+    """The only level of a mild chunk, of the sums `from_middle`."""
+    return Level(jnp.exp(sums), jnp.exp(-sums), iota(0) >= iota(1))
+
+
+def over_strong_levels(
+    body: Callable[[Level, Any], Any],
+    state: Any,
+    *,
+    products: Products,
+    terms,
+    transposed: bool = False,
 ) -> Any:
-    """`state = body(level, state)` over the levels of a chunk.
+    """`state = body(level, state)` over the levels of a strong chunk.
 
     Args:
       body: what to do.
       state: what it starts from.
       products: the matrix unit.
-      terms: those of the chunk, in shared memory.
-      count: the chunk's number of levels.
+      terms: those of the chunk and 64 features, in shared memory.
+      transposed: whether parts are those of the transposed A.
     """
-    strong = jnp.where(count > 1, 1, 0)
 
     # Masks come from integers: the chip's compiler takes `&` and `|` of masks, not their negation.
     def step(i, state):
-        diagonal = jnp.where(i == LEVELS - 1, 1, 0)
-        shift = jnp.maximum(_MIDDLE - i, 0)
+        diagonal = jnp.where(i == _LEVELS - 1, 1, 0)
+        shift = jnp.maximum(_LEVELS - 2 - i, 0)
 
         def block(x):
             return lax.shift_right_logical(x, jnp.broadcast_to(shift, x.shape))
@@ -136,15 +207,17 @@ def over_levels(
             # Right of the border the tokens up to t, left of it those after; none on the diagonal.
             right = block(t) & 1
             inside = block(t) == block(s) + TILE * diagonal
-            return inside & ((2 * right - 1) * (t - s) >= 1 - right)
+            return jnp.where(inside & ((2 * right - 1) * (t - s) >= 1 - right), 1, 0)
 
-        sums = summed(products, own, terms)
-        rows, columns, distance = block(iota(0)), block(iota(1)), iota(0) - iota(1)
-        beside = (rows == columns + 1 - diagonal) & ((rows & 1) + diagonal >= 1)
-        part = (beside | (jnp.zeros_like(rows) + strong == 0)) & (distance >= 0)
-        right = block(iota(0, sums.shape[1])) & 1
-        queries = jnp.where(right + strong == 0, -sums, sums)
-        keys = jnp.where(right - strong == 1, -sums, sums)
-        return body(Level(jnp.exp(queries), jnp.exp(keys), part), state)
+        factor = jnp.exp(summed(products, own, terms))
+        t, s = (iota(1), iota(0)) if transposed else (iota(0), iota(1))
+        beside = (block(t) == block(s) + 1 - diagonal) & ((block(t) & 1) + diagonal >= 1)
+        return body(Level(factor, factor, beside & (t >= s)), state)
 
-    return lax.fori_loop(0, count, step, state)
+    return lax.fori_loop(0, _LEVELS, step, state)
+
+
+def times(tile, factor: jax.Array) -> jax.Array:
+    """A bfloat16 tile in shared memory, times a factor, as an operand."""
+    numbers = plgpu.load(tile, layout=WGMMA).astype(jnp.float32)
+    return (numbers * factor).astype(jnp.bfloat16)

@@ -2,10 +2,12 @@ r"""Causal gated linear attention for Hopper GPUs, in Pallas Mosaic GPU.
 
     S_t = diag(e^{g_t}) S_{t-1} + k_t v_t^T,      o_t = scale S_t^T q_t
 
-in the chunked form: a sweep finds the state at the start of every chunk of 64 tokens (`states`),
-and then all chunks go at once (`forward`). The gradient recomputes those states, sweeps their
-gradients from the end, and again takes all chunks at once (`backward`). Exponents of decays are
-sums that no strength of decay can make overflow (`decay`).
+in chunks of 64 tokens. A walk over them carries the state and gives outputs (`forward`); where B·N
+is too small to fill the chip, the sequence is split into groups, and a sweep finds first what each
+adds to the state (`states`). The same walk from the end, of keys that read what later queries
+wrote, gives gradients of the values and stores the state's gradient at every chunk; a sweep stores
+the recomputed states; then queries, keys and decays get theirs, all chunks at once (`backward`).
+Exponents of decays are sums that no strength of decay can make overflow (`decay`).
 
 Operands of products and stored states are bfloat16; sums, decays and states in a sweep are float32.
 """
@@ -15,12 +17,12 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.gated_linear_attention.backward import feature_gradients, value_gradients
+from pallas_kernels.gated_linear_attention.backward import feature_gradients
 from pallas_kernels.gated_linear_attention.config import LaunchConfig, heuristic
 from pallas_kernels.gated_linear_attention.decay import Decay
 from pallas_kernels.gated_linear_attention.forward import outputs
 from pallas_kernels.gated_linear_attention.plan import Plan
-from pallas_kernels.gated_linear_attention.states import states_of_chunks
+from pallas_kernels.gated_linear_attention.states import starts_of_groups, sweep
 from pallas_kernels.tiles import TILE
 
 
@@ -38,9 +40,9 @@ def gated_linear_attention(
     """Causal gated linear attention and its final state; differentiable in every array.
 
     Args:
-      q: queries `[B,T,N,F]`, bfloat16; F is 128.
+      q: queries `[B,T,N,F]`, bfloat16; F is 64 or 128.
       k: keys `[B,T,M,F]`; M, the number of states, divides N.
-      v: values `[B,T,M,H]`; H is 128.
+      v: values `[B,T,M,H]`; H is F, or 128.
       log_decay: `[B,T,M,F]` or `[B,T,M,1]`, <= 0, -inf included; float32 or bfloat16.
       initial_state: `[B,M,F,H]`, float32; or None for zeros.
       scale: factor of the output.
@@ -70,9 +72,8 @@ def objection(*, dtype, F: int, H: int) -> str | None:
     """Why the kernels do not serve a call, in words, or None."""
     if dtype != jnp.bfloat16:
         return f"take bfloat16, not {jnp.dtype(dtype).name}"
-    if F != 128 or H != 128:
-        # At F = 64 an H200 gave wrong gradients of the log decays; H = 64 has only run forward.
-        return f"take keys and values of size 128, not F={F}, H={H}"
+    if (F, H) not in ((64, 64), (64, 128), (128, 128)):
+        return f"take keys and values of sizes 64 or 128, keys no larger, not F={F}, H={H}"
     return None
 
 
@@ -83,24 +84,28 @@ def _attend(plan: Plan, q, k, v, log_decay, start):
 
 def _attend_forward(plan, q, k, v, log_decay, start):
     decay = Decay.of(log_decay)
-    states, final = states_of_chunks(plan, k, v, decay, start, reverse=False)
-    return (outputs(plan, q, k, v, decay, states), final), (q, k, v, log_decay, start)
+    starts = starts_of_groups(plan, k, v, decay, start)
+    out, _, ends = outputs(plan, q, k, v, decay, starts)
+    residuals = q, k, v, log_decay, start, starts
+    return (out, ends[:, :: q.shape[2] // k.shape[2], -1]), residuals
 
 
 def _attend_backward(plan, residuals, cotangents):
-    q, k, v, log_decay, start = residuals
+    q, k, v, log_decay, start, starts = residuals
     d_out, d_final = cotangents
+    M, shared = k.shape[2], q.shape[2] // k.shape[2]
     decay = Decay.of(log_decay)
-    states, _ = states_of_chunks(plan, k, v, decay, start, reverse=False)
+    states, _ = sweep(plan, k, v, decay, starts, keep=True)
     # One of the query heads that share a state, the first, answers for its gradient.
-    first = jnp.arange(q.shape[2]) % (q.shape[2] // k.shape[2]) == 0
-    d_end = jnp.repeat(d_final / plan.scale, q.shape[2] // k.shape[2], axis=1)
-    d_end = jnp.where(first[:, None, None], d_end, 0)
-    d_states, d_start = states_of_chunks(plan, q, d_out, decay, d_end, reverse=True)
-    dv = value_gradients(plan, q, k, d_out, decay, d_states)
+    first = jnp.arange(q.shape[2]) % shared == 0
+    d_final = jnp.where(first[:, None, None], jnp.repeat(d_final / plan.scale, shared, axis=1), 0)
+    d_ends = starts_of_groups(plan, q, d_out, decay, d_final, reverse=True)
+    dv, d_states, d_starts = outputs(plan, k, q, d_out, decay, d_ends, reverse=True, keep=True)
+    assert states is not None  # both were kept
+    assert d_states is not None
     dq, dk, dg = feature_gradients(plan, q, k, v, d_out, decay, states, d_states)
-    dk, dv, dg = (_per_state(x, k.shape[2], axis=2) for x in (dk, dv, dg))
-    d_start = None if start is None else plan.scale * _per_state(d_start, k.shape[2], axis=1)
+    dk, dv, dg = (_per_state(x, M, axis=2) for x in (dk, dv, dg))
+    d_start = None if start is None else plan.scale * _per_state(d_starts[:, :, 0], M, axis=1)
     return dq, dk.astype(k.dtype), dv.astype(v.dtype), dg.astype(log_decay.dtype), d_start
 
 

@@ -1,11 +1,9 @@
-"""What the kernels share: options and launching."""
+"""What the kernels share: options, launching, and where a chunk's arrays lie."""
 
 import dataclasses
 from typing import Any
 
-import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -34,7 +32,16 @@ class Plan:
         """The matrix unit."""
         return Products(self.interpret)
 
-    def launch(self, body, *arrays, grid: dict[str, int], out_type, scratch: dict[str, Any]):
+    def launch(
+        self,
+        body,
+        *arrays,
+        grid: dict[str, int],
+        out_type,
+        scratch: dict[str, Any],
+        warpgroups: int = 1,
+        commits: bool = False,
+    ):
         """Runs a kernel.
 
         Args:
@@ -43,51 +50,57 @@ class Plan:
           grid: sizes of the grid's axes; the last runs fastest.
           out_type: shapes of its outputs.
           scratch: its scratch, by argument.
+          warpgroups: of a CTA.
+          commits: whether writes to shared memory are committed before anything there is
+            overwritten. Those are barriers of the warpgroup, and the compiler need add none.
         """
+        threads: dict[str, Any] = {}
+        if warpgroups > 1:
+            threads = {"num_threads": warpgroups, "thread_name": "warpgroup"}
         return plgpu.kernel(
             body, out_type=out_type, scratch_types=scratch, grid=tuple(grid.values()),
-            grid_names=tuple(grid), compiler_params=plgpu.CompilerParams(approx_math=True),
+            grid_names=tuple(grid), **threads,
+            compiler_params=plgpu.CompilerParams(
+                approx_math=True, unsafe_no_auto_barriers=commits
+            ),
             interpret=plgpu.InterpretGPUParams() if self.interpret else None,
         )(*arrays)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
 class Chunk:
-    """The chunk and query head that a CTA of a kernel without a sweep works on."""
+    """A chunk of a head of a grid with so many heads.
+
+    Arrays and decays of fewer heads are shared by neighbouring ones.
+    """
 
     batch: Any
     index: Any
     head: Any
+    heads: int
 
-    @classmethod
-    def here(cls) -> "Chunk":
-        """From the grid."""
-        return cls(*(lax.axis_index(axis) for axis in ("batch", "chunk", "head")))
-
-    @classmethod
-    def grid(cls, x: jax.Array) -> dict[str, int]:
-        """Of `[B,T,heads,size]`. Heads run fastest: neighbours lie side by side in memory."""
-        return {"batch": x.shape[0], "chunk": x.shape[1] // TILE, "head": x.shape[2]}
-
-    def of_tokens(self, array, heads: int):
+    def of_tokens(self, array):
         """The part of `[B,T,its heads,size]`."""
-        return self._rows(array, heads, TILE)
+        return self._rows(array, TILE)
 
-    def terms(self, decay: Decay, heads: int):
-        """The chunk's terms of log decays."""
-        return self._rows(decay.terms, heads, decay.rows)
+    def terms(self, decay: Decay):
+        """The chunk's terms of log decays, `[64 or 128,F]`."""
+        return self._rows(decay.terms, decay.rows)
 
-    def _rows(self, array, heads: int, rows: int):
-        own = self.head // (heads // array.shape[2])
-        return array.at[self.batch, pl.ds(self.index * rows, rows), own]
+    def halves(self, decay: Decay):
+        """What is left of a state after each half, `[2,F]`."""
+        return decay.halves.at[self.batch, self.index, :, self._shared(decay.halves.shape[3])]
 
-    def of_state(self, array, heads: int):
+    def of_state(self, array):
         """The part of `[B,its heads,chunks,F,H]`."""
-        return array.at[self.batch, self.head // (heads // array.shape[1]), self.index]
+        return array.at[self.batch, self._shared(array.shape[1]), self.index]
 
-    def gate(self, decay: Decay, heads: int) -> tuple:
-        """Where the chunk's factor and number of levels are."""
-        return self.batch, self.index, self.head // (heads // decay.levels.shape[2])
+    def _rows(self, array, rows: int):
+        tokens = pl.ds(self.index * rows, rows)
+        return array.at[self.batch, tokens, self._shared(array.shape[2])]
+
+    def _shared(self, heads: int):
+        return self.head // (self.heads // heads)
 
 
 def shared(rows: int, columns: int):
@@ -95,8 +108,11 @@ def shared(rows: int, columns: int):
     return plgpu.SMEM((rows, columns), jnp.bfloat16)
 
 
-def fetch(copies: list[tuple[Any, Any]], barrier) -> None:
-    """Copies from global to shared memory; the barrier expects as many arrivals."""
-    for source, target in copies:
-        plgpu.copy_gmem_to_smem(source, target, barrier)
-    plgpu.barrier_wait(barrier)
+def store(numbers, target, tile) -> None:
+    """Writes to global memory, bfloat16 through a tile in shared memory that nothing reads."""
+    if target.dtype == jnp.float32:
+        target[...] = numbers
+        return
+    tile[...] = numbers.astype(tile.dtype)
+    plgpu.commit_smem()
+    plgpu.copy_smem_to_gmem(tile, target)

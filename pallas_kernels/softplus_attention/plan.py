@@ -230,9 +230,9 @@ class Plan:
             def loop(body, state):
                 nonlocal step
                 step = body
-                turns.begin(here)
+                turns.begin(here.warpgroup)
                 state = pipeline(state)
-                turns.end(here)
+                turns.end(here.warpgroup)
                 return state
 
             compute(loop)

@@ -7,27 +7,39 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lcattn.ops import block_sparse_attention, causal_plan, dispatch, sliding_window_plan
+from lcattn.ops import (
+    block_mask_plan,
+    block_sparse_attention,
+    causal_plan,
+    dispatch,
+    sliding_window_plan,
+)
 from lcattn.ops.block_sparse_attention import kernel
 from lcattn.ops.block_sparse_attention.entries import entries
 from lcattn.testing.plans import random_plan
 from pallas_kernels.block_sparse_attention import mosaic_gpu, phases
-from pallas_kernels.block_sparse_attention.config import LaunchConfig, heuristic
+from pallas_kernels.block_sparse_attention.config import LaunchConfig, Walks, heuristic
 from pallas_kernels.block_sparse_attention.items import FULL, SKIPPED
 
 IDS = np.asarray([[-1] * 3 + [0] * 200 + [2] * 60 + [-1] * 10 + [3] + [4] * 26], np.int32)
 
 CASES = {
-    # name: (B, T, S, N, K), plan, scale, dtype
+    # name: (B, T, S, N, K), plan, config, scale, dtype
     "lists and rules of each head, weighted, ragged, small blocks of keys, float16": (
-        (1, 300, 200, 2, 1), lambda: random_plan(1, 300, 200, 2, key_block=64), -0.1, jnp.float16,
+        (1, 300, 200, 2, 1), lambda: random_plan(1, 300, 200, 2, key_block=64),
+        None, -0.1, jnp.float16,
     ),
     "a window with sinks, packed, grouped queries, large blocks of keys, bfloat16": (
         (1, 300, 300, 2, 1),
         lambda: sliding_window_plan(
             300, 40, sinks=3, segment_ids=jnp.asarray(IDS), key_block=256
         ),
-        None, jnp.bfloat16,
+        None, None, jnp.bfloat16,
+    ),
+    "one list of several in a CTA, the others empty, whose warpgroups still take turns": (
+        (1, 512, 512, 1, 1),
+        lambda: block_mask_plan(jnp.zeros((1, 1, 4, 4), bool).at[..., 1, :2].set(True), 512),
+        LaunchConfig(blocks=4, key_blocks=4), None, jnp.bfloat16,
     ),
 }  # fmt: skip
 
@@ -50,13 +62,13 @@ def values_and_gradients(implementation, scale, q, k, v, plan, g):
 @functools.cache
 def both(name):
     """What the kernels give, copying warpgroup and all, and what the definition does in float32."""
-    (B, T, S, N, K), plan, scale, dtype = CASES[name]
+    (B, T, S, N, K), plan, config, scale, dtype = CASES[name]
     draw = np.random.default_rng(0)
     shapes = (B, T, N, 64), (B, S, K, 64), (B, S, K, 64), (B, T, N, 64)
     q, k, v, g = (jnp.asarray(draw.normal(size=shape), dtype) for shape in shapes)
     plan = plan()
     with pytest.MonkeyPatch.context() as patch:
-        run = functools.partial(mosaic_gpu.block_sparse_attention, interpret=True)
+        run = functools.partial(mosaic_gpu.block_sparse_attention, interpret=True, config=config)
         patch.setattr(mosaic_gpu, "block_sparse_attention", run)
         patch.setattr(kernel.dispatch, "on_hopper", lambda: True)
         got = values_and_gradients("mosaic_gpu", scale, q, k, v, plan, g)
@@ -77,7 +89,8 @@ def test_values_and_every_gradient_agree_with_the_definition(name):
 
 
 def test_queries_that_see_nothing_give_zeros():
-    lists, window = (both(name)[0] for name in CASES)
+    lists, window, one = (both(name)[0] for name in CASES)
+    assert np.array_equal(np.any(one[0] != 0, axis=(0, 2, 3)), np.arange(512) // 128 == 1)
     assert not np.any(lists[0][:, :128, 0])
     assert not np.any(lists[2][:, :128, 0])
     assert not any(np.any(x[IDS < 0]) for x in (window[0], *window[2:]))
@@ -88,10 +101,9 @@ def test_phases_hold_every_entry_once_in_both_orders():
     kinds = np.asarray(lists.kinds[0])
     for n in range(2):
         for order, swap, blocks in ((phases.by_queries, False, 3), (phases.by_keys, True, 2)):
-            stream, edges, weight = (np.asarray(x[0, n]) for x in order(lists))
-            assert len(edges) == blocks
-            assert edges[0, 0] == 0
-            assert np.all(edges[1:, 0] == edges[:-1, 2])
+            stream, edges, longest, weight = (np.asarray(x[0, n]) for x in order(lists))
+            assert sorted(longest) == list(range(blocks))
+            assert np.all(np.diff((edges[:, 2] - edges[:, 0])[longest]) <= 0)
             found = []
             for stay, (begin, middle, end) in enumerate(edges):
                 for place in range(begin, end):
@@ -140,20 +152,20 @@ def test_a_call_that_is_not_served_is_told_why(dtype, H, block, message, on_hopp
         block_sparse_attention(q, q, q, plan, implementation="mosaic_gpu")
 
 
-def test_they_need_a_hopper_gpu_and_are_never_chosen_unasked(on_hopper, monkeypatch):
+def test_they_are_chosen_on_a_hopper_gpu_and_need_one(on_hopper, monkeypatch):
     q = jnp.ones((1, 64, 1, 64), jnp.bfloat16)
     table = dispatch.OPS["block_sparse_attention"]
     call = {"sizes": kernel.Sizes(B=1, T=64, S=64, N=1, K=1, F=64, H=64), "dtype": q.dtype}
     call["plan"] = causal_plan(64)
     assert table["mosaic_gpu"].objection(**call) is None
-    assert not table["mosaic_gpu"].is_best(**call)
+    assert table["mosaic_gpu"].pays(**call) == (jax.device_count() == 1)
     monkeypatch.undo()
     with pytest.raises(ValueError, match="'mosaic_gpu' needs a Hopper GPU"):
         block_sparse_attention(q, q, q, causal_plan(64), implementation="mosaic_gpu")
 
 
 def test_launch_parameters():
-    assert heuristic(key_block=64).width == 64
+    assert heuristic(H=64, key_block=64, readers=Walks(1, 1), keys=Walks(1, 1)).width == 64
     with pytest.raises(ValueError, match=r"LaunchConfig.stages: expected one of \(2, 3, 4\)"):
         LaunchConfig(stages=5)
     q = jnp.ones((1, 64, 1, 64), jnp.bfloat16)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lcattn.ops import gated_linear_attention
+from lcattn.ops import dispatch, gated_linear_attention
 from pallas_kernels.gated_linear_attention.config import LaunchConfig, heuristic
 from pallas_kernels.gated_linear_attention.mosaic_gpu import gated_linear_attention as kernel
 
@@ -20,6 +20,7 @@ def inputs(B, T, N, M, F, H, strength, dtype, seed=0):
     log_decay = -strength * np.abs(draw.normal(size=(B, T, M, F)))
     if strength > 1:
         log_decay[:, 17] = -np.inf
+    log_decay[:, 100:] /= 100  # mild chunks after strong ones
     arrays = (
         normal(B, T, N, F), normal(B, T, M, F), normal(B, T, M, H),
         jnp.asarray(log_decay, dtype), normal(B, M, F, H, dtype=jnp.float32),
@@ -49,7 +50,8 @@ def assert_close(got, want, tolerance):
 CASES = {
     # name: (B, T, N, M, F, H, strength, dtype), groups
     "mild, ragged, a state of two heads": ((1, 100, 2, 1, 128, 128, 0.1, jnp.bfloat16), 2),
-    "strong, with resets, float32 decays": ((1, 64, 1, 1, 128, 128, 5.0, jnp.float32), 1),
+    "strong, with resets, then mild": ((1, 190, 1, 1, 128, 128, 5.0, jnp.bfloat16), 1),
+    "narrow keys, float32 decays": ((1, 64, 1, 1, 64, 128, 5.0, jnp.float32), 1),
 }
 
 
@@ -75,7 +77,7 @@ def test_every_gradient_agrees_with_the_recurrence(name):
 
 @pytest.mark.parametrize(
     ("B", "T", "N", "M", "F", "H", "dtype"),
-    [(1, 32768, 16, 16, 128, 128, jnp.bfloat16), (2, 1000, 4, 2, 128, 128, jnp.float32)],
+    [(1, 32768, 16, 16, 128, 128, jnp.bfloat16), (2, 1000, 4, 2, 64, 64, jnp.float32)],
     ids=str,
 )
 def test_gradients_lower_for_cuda(B, T, N, M, F, H, dtype):
@@ -107,12 +109,32 @@ def test_launch_parameters_are_checked(field):
 
 @pytest.mark.parametrize(
     ("dtype", "size", "message"),
-    [(jnp.float32, 128, "take bfloat16, not float32"), (jnp.bfloat16, 64, "of size 128, not F=64")],
+    [
+        (jnp.float32, 128, "take bfloat16, not float32"),
+        (jnp.bfloat16, 32, "sizes 64 or 128, keys no larger, not F=32"),
+    ],
 )
 def test_a_call_that_is_not_served_is_told_why(dtype, size, message):
     x = jnp.ones((1, 64, 1, size), dtype)
     with pytest.raises(ValueError, match=message):
         kernel(x, x, x, -x, scale=1.0)
+
+
+def test_long_calls_are_served_unasked_on_a_single_gpu(monkeypatch):
+    monkeypatch.setattr(dispatch, "on_hopper", lambda: True)
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+
+    def is_served(length, size=128, **options):
+        q = jnp.ones((1, length, 1, size), jnp.bfloat16)
+        program = jax.make_jaxpr(lambda q: gated_linear_attention(q, q, q, -q, **options))(q)
+        return "gated_linear_attention_outputs" in str(program)
+
+    assert is_served(1024)
+    assert not is_served(512)
+    assert not is_served(1024, size=32)
+    assert not is_served(1024, chunk_size=64)
+    monkeypatch.setattr(jax, "device_count", lambda: 4)
+    assert not is_served(1024)
 
 
 def test_the_op_says_what_the_kernels_need():

@@ -10,6 +10,7 @@ import pytest
 from lcattn import ops
 from lcattn.ops import dispatch
 from lcattn.ops.block_sparse_attention import visible
+from lcattn.ops.checks import Sizes
 from lcattn.ops.hyper_attention import block_sparse
 from lcattn.testing.conformance import oracles
 
@@ -124,17 +125,23 @@ def test_all_levels_are_one_call(monkeypatch):
     x = jax.ShapeDtypeStruct((1, 8 * 2**4, 2, 4), jnp.float32)
     attend = functools.partial(ops.hyper_attention, **HYPER, implementation="block_sparse")
     jax.eval_shape(attend, x, x, x)
-    levels, leaves = calls
+    leaves, levels = calls
     assert leaves.blocks.shape[:2] == (1, 1)  # one list for all heads and leaves
     # Of 4 keys each: the own block, and six samples.
     assert levels.blocks.shape[-1] == 1 + 2 + 1
 
 
-def test_they_run_when_named():
-    """Until a chip has shown that a plan is faster."""
-    for op in {op for op, *_ in CASES.values()}:
-        names = list(dispatch.OPS[op])
-        assert names.index("xla") < names.index("block_sparse")
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_they_run_unasked_where_kernels_for_hopper_do(monkeypatch, dtype):
+    monkeypatch.setattr(visible, "_BLOCK", {"cpu": 64})
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    call = {"sizes": Sizes(B=1, T=64, S=64, N=1, K=1, F=64, H=64), "dtype": jnp.dtype(dtype)}
+    tables = [dispatch.OPS[op] for op in {op for op, *_ in CASES.values()}]
+    assert not any(table["block_sparse"].pays(**call) for table in tables)
+    monkeypatch.setattr(dispatch, "on_hopper", lambda: True)
+    for table in tables:
+        assert list(table).index("block_sparse") < list(table).index("xla")
+        assert table["block_sparse"].pays(**call) is (dtype == "bfloat16")
 
 
 def test_a_plan_takes_no_slopes():

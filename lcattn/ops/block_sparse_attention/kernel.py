@@ -1,5 +1,6 @@
 """The kernels for Hopper GPUs, behind the op's contract."""
 
+import jax
 import jax.numpy as jnp
 
 from lcattn.ops import dispatch
@@ -21,18 +22,31 @@ def attend(q: Array, k: Array, v: Array, plan: BlockPlan, *, scale: float) -> tu
 
 def objection(*, sizes: Sizes, dtype: jnp.dtype, plan: BlockPlan) -> str | None:
     """Why the kernels cannot serve a call, in words."""
+    return objection_to_blocks(
+        sizes=sizes, dtype=dtype, query_block=plan.query_block, key_block=plan.key_block
+    )
+
+
+def objection_to_blocks(
+    *, sizes: Sizes, dtype: jnp.dtype, query_block: int, key_block: int
+) -> str | None:
+    """Why they cannot serve a call with a plan of such blocks, in words."""
     if not dispatch.on_hopper():
         return "needs a Hopper GPU (compute capability 9.0)"
     # Imported where it can run: it takes longer to import than the rest of the ops.
     from pallas_kernels.block_sparse_attention import mosaic_gpu
 
     return mosaic_gpu.objection(
-        dtype=dtype, F=sizes.F, H=sizes.H,
-        query_block=plan.query_block, key_block=plan.key_block,
+        dtype=dtype, B=sizes.B, N=sizes.N, F=sizes.F, H=sizes.H,
+        query_block=query_block, key_block=key_block,
     )  # fmt: skip
 
 
 def pays(**call) -> bool:
-    """Whether the kernels are the better choice where they can serve: no GPU has run them yet."""
+    """Whether the kernels are the better choice where they can serve.
+
+    Compilers cannot partition them: over several devices they belong inside `shard_map`, and only
+    who writes that can tell.
+    """
     del call
-    return False
+    return jax.device_count() == 1

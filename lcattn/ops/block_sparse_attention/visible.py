@@ -1,8 +1,12 @@
 """Attention to whatever a rule lets queries see, by the plan of that rule."""
 
+import jax.numpy as jnp
+
 from lcattn.ops import dispatch
+from lcattn.ops.block_sparse_attention import kernel
 from lcattn.ops.block_sparse_attention.api import block_sparse_attention
 from lcattn.ops.block_sparse_attention.builders import plan_of_rule
+from lcattn.ops.checks import Sizes
 from lcattn.ops.visibility import Visibility
 from lcattn.typing import Array
 
@@ -13,6 +17,23 @@ _BLOCK = {"cpu": 128, "gpu": 128, "tpu": 512}
 def default_block() -> int:
     """Tokens a block on the platform of a computation traced now."""
     return _BLOCK[dispatch.default_platform()]
+
+
+def pays(
+    *, sizes: Sizes, dtype: jnp.dtype, query_block: int | None = None,
+    key_block: int | None = None, **call,
+) -> bool:  # fmt: skip
+    """Whether to compile a mechanism to a plan unasked.
+
+    Where the kernels for Hopper GPUs run it, that is several times faster than a loop in plain JAX
+    (`benchmarks/h200/sparse_mechanisms.json`); no other kernels have been measured.
+    """
+    del call
+    objection = kernel.objection_to_blocks(
+        sizes=sizes, dtype=dtype, query_block=query_block or min(default_block(), sizes.T),
+        key_block=key_block or min(default_block(), sizes.S),
+    )  # fmt: skip
+    return objection is None and kernel.pays()
 
 
 def attend(

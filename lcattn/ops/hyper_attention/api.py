@@ -101,8 +101,9 @@ def hyper_attention(
         many scores, since blocks are then read by uneven numbers of queries.
       return_lse: also return the log of each estimated softmax denominator, `[B,T,N]` float32,
         -inf where no key is seen.
-      implementation: "xla" (blocks), "block_sparse" (all levels as one plan of blocks, in the best
-        form of `block_sparse_attention`), "reference" (the definition, T·S memory), or None.
+      implementation: "block_sparse" (all levels as one plan of blocks, in the best form of
+        `block_sparse_attention`; unasked where kernels for Hopper GPUs run it), "xla" (blocks),
+        "reference" (the definition, T·S memory), or None.
 
     Returns:
       `[B,T,N,H]`, or that and the log-sum-exp.
@@ -120,7 +121,11 @@ def hyper_attention(
         raise argument_error("block_size", f"at most min_seq_len={min_seq_len}", block_size)
     if causal and sizes.T != sizes.S:
         raise argument_error("q", f"T={sizes.S} queries, as many as keys, when causal", sizes.T)
-    run = dispatch.choose("hyper_attention", implementation)
+    options = Options(scale, block_size, sample_size, strict)
+    run = dispatch.choose(
+        "hyper_attention", implementation, sizes=sizes, dtype=q.dtype,
+        query_block=options.chunk, key_block=block_sparse.key_block(options),
+    )  # fmt: skip
     if min_seq_len >= sizes.S:
         return softmax_attention(
             q, k, v, causal=causal, segment_ids=segment_ids, scale=scale, return_lse=return_lse,
@@ -135,7 +140,6 @@ def hyper_attention(
         groups, bounds = document_groups(sizes.T, sizes.S, segment_ids, **cuts)
     _check_codes(drawn.planes.shape[1], groups.draw_ids.shape[1])
     leaf = min_seq_len if causal and segment_ids is None else None
-    options = Options(scale, block_size, sample_size, strict)
     out, lse = run(q, k, v, drawn, groups, bounds, leaf, options)
     return (out.astype(q.dtype), lse) if return_lse else out.astype(q.dtype)
 
@@ -154,9 +158,11 @@ def _in_chunks(
     def head(q, k, v, *rest):
         return blockwise.attend(q, k, v, _plan(q, k, drawn, bounds, options, *rest), options)
 
-    levels = _over_heads(head, q, k, v, drawn, groups[:3])
+    outs, lses = _over_heads(head, q, k, v, drawn, groups[:3])
+    parts = [(outs[:, level], lses[:, level]) for level in range(outs.shape[1])]
     exact = functools.partial(chunked.attend, scale=options.scale)
-    return _put_together(q, k, v, levels, groups, leaf, exact)
+    exact = _exact(q, k, v, groups, leaf, exact)
+    return merge(*parts) if exact is None else merge(*parts, exact)
 
 
 def _block_sparse(
@@ -168,9 +174,8 @@ def _block_sparse(
         return _plan(q, k, drawn, bounds, options, *rest)
 
     plan = _map_heads(head, q, k, v, drawn, groups[:3])
-    levels = block_sparse.attend(q, k, v, plan, options)
     exact = functools.partial(visible.attend, scale=options.scale)
-    return _put_together(q, k, v, levels, groups, leaf, exact)
+    return block_sparse.attend(q, k, v, plan, options, _exact(q, k, v, groups, leaf, exact))
 
 
 def _plan(
@@ -183,18 +188,14 @@ def _plan(
     )  # fmt: skip
 
 
-def _put_together(
-    q: Array, k: Array, v: Array, levels: tuple[Array, Array], groups: Groups, leaf: int | None,
-    exact: Callable[..., tuple[Array, Array]],
-) -> tuple[Array, Array]:  # fmt: skip
-    """Levels `[B,L,T,...]`, and by `exact` what is not estimated, in one softmax."""
-    outs, lses = levels
-    parts = [(outs[:, level], lses[:, level]) for level in range(outs.shape[1])]
+def _exact(
+    q: Array, k: Array, v: Array, groups: Groups, leaf: int | None,
+    attend: Callable[..., tuple[Array, Array]],
+) -> tuple[Array, Array] | None:  # fmt: skip
+    """What is not estimated, by `attend`, if there is anything."""
     if leaf is not None:
-        parts.append(_leaves(q, k, v, leaf, exact))
-    elif groups.exact is not None:
-        parts.append(exact(q, k, v, groups.exact))
-    return merge(*parts)
+        return _leaves(q, k, v, leaf, attend)
+    return None if groups.exact is None else attend(q, k, v, groups.exact)
 
 
 def _leaves(
@@ -274,8 +275,8 @@ def _map_heads[Result](
 dispatch.declare(
     "hyper_attention",
     {
+        "block_sparse": dispatch.Implementation(_block_sparse, pays=visible.pays),
         "xla": dispatch.Implementation(_in_chunks),
-        "block_sparse": dispatch.Implementation(_block_sparse),
         "reference": dispatch.Implementation(_reference),
     },
 )

@@ -25,6 +25,7 @@ from lcattn.ops.block_sparse_attention.plan import BLOCK
 from lcattn.ops.block_sparse_attention.tiles import whole_blocks
 from lcattn.ops.block_sparse_attention.visible import default_block
 from lcattn.ops.checks import accumulation_dtype
+from lcattn.ops.hyper_attention.levels import merge_levels
 from lcattn.ops.hyper_attention.plan import Options, Plan
 from lcattn.ops.hyper_attention.rearranged import rearrange, take
 from lcattn.ops.visibility import HIDDEN, NEVER, Visibility
@@ -37,8 +38,9 @@ def attend(
     v: Float[Array, "B S K H"],
     plan: Plan,
     options: Options,
-) -> tuple[Float[Array, "B L T N H"], Float[Array, "B L T N"]]:
-    """Outputs and log-sum-exps of each level; 0 and -inf for a query that has no group there.
+    exact: tuple[Float[Array, "B T N H"], Float[Array, "B T N"]] | None,
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]:
+    """Outputs and log-sum-exps over all levels and what is not estimated.
 
     The arrays of `plan` have axes `[B,K,N/K,...]`.
     """
@@ -59,17 +61,11 @@ def attend(
         return jnp.concatenate([blocks, sampled.astype(x.dtype)], axis=1)
 
     place, readers = heads(plan.place, L, T), heads(plan.readers, -1)
-    out, lse = block_sparse_attention(
+    levels = block_sparse_attention(
         rearrange(q, heads(plan.queries(), -1), place), lay_out(k), lay_out(v),
         block_plan(plan, samples, options, dtype), scale=options.scale, return_lse=True,
     )  # fmt: skip
-
-    def by_level(x: Array) -> Array:
-        x = rearrange(x, place.reshape(B, N, -1), readers[:, :, None])
-        return x.reshape(B, L, T, *x.shape[2:])
-
-    is_placed = jnp.moveaxis(place < readers.shape[-1], 1, -1)
-    return by_level(out), jnp.where(is_placed, by_level(lse[..., None])[..., 0], -jnp.inf)
+    return merge_levels(levels, exact, place, readers)
 
 
 class _Samples(NamedTuple):

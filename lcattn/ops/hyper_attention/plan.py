@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from lcattn.ops.hyper_attention import draws
 from lcattn.ops.hyper_attention.groups import Bounds
+from lcattn.ops.hyper_attention.ranked import by_rank
 from lcattn.typing import Array, Bool, Int
 
 # Queries a chunk: enough for matrix units, few enough that uneven blocks waste little.
@@ -25,19 +26,10 @@ class Options(NamedTuple):
     sample_size: int
     strict: bool
 
-
-class Cut(NamedTuple):
-    """Members of groups in pieces of one size; a piece has members of one group only.
-
-    Attributes:
-      members: what fills each place of a piece; past the last member where it is empty.
-      group: of each piece; past the last group for pieces that are left over.
-      place: of each member, counted over all pieces; past the last for members of no group.
-    """
-
-    members: Int[Array, "pieces size"]
-    group: Int[Array, "pieces"]
-    place: Int[Array, "members"]
+    @property
+    def chunk(self) -> int:
+        """Queries a chunk."""
+        return min(_CHUNK, self.block_size)
 
 
 class Plan(NamedTuple):
@@ -87,79 +79,83 @@ def make_plan(
 ) -> Plan:
     """Sorts, cuts and samples the keys, and gives each query its block."""
     (L, T), S, P = query_groups.shape, key_groups.shape[1], len(draw_ids)
-    b, c = options.block_size, min(_CHUNK, options.block_size)
-
-    def codes(groups: Array, ranks: Array) -> Array:
-        """Sorts by group, then by rank."""
-        return ((groups << num_projections) + ranks).reshape(-1)
-
-    key_codes, query_codes = codes(key_groups, key_ranks), codes(query_groups, query_ranks)
-    query_groups, key_groups = query_groups.reshape(-1), key_groups.reshape(-1)
-    order = _argsort(key_codes)
-    sizes, begins = _sizes(key_groups[order], P)
-    blocks = cut(key_groups, order, P, b, bounds.num_blocks)
+    b, c, n = options.block_size, options.chunk, bounds.num_blocks
+    queries, keys = (
+        by_rank(groups, ranks, P, 2**num_projections)
+        for groups, ranks in ((query_groups, query_ranks), (key_groups, key_ranks))
+    )
+    sizes = keys.counts.sum(axis=1)
     num_blocks = -(-sizes // b)
-    first_block = jnp.cumsum(num_blocks, dtype=jnp.int32) - num_blocks
+    blocks = _Pieces.of(num_blocks, n)
+    at = key_groups, key_ranks
+    key_place = _of_members((blocks.first[:, None] * b + keys.origin)[at] + keys.nth, at, P, n * b)
 
-    group = jnp.minimum(query_groups, P - 1)
+    at = query_groups, query_ranks
     if options.strict:
-        below = jnp.searchsorted(key_codes[order], query_codes).astype(jnp.int32) - begins[group]
-        nth = below // b
+        nth = jnp.clip(keys.below // b, 0, jnp.maximum(num_blocks - 1, 0)[:, None])
+        block = blocks.first[:, None] + nth
+        readers = jnp.zeros(n, jnp.int32).at[block].add(queries.counts, mode="drop")
+        begin = jnp.full(n, T, jnp.int32).at[block].min(queries.below, mode="drop")
+        chunks = _Pieces.of(-(-readers // c), _num_chunks(bounds, c, T, S, options))
+        place = (chunks.first[block] * c - begin[block] + queries.origin)[at] + queries.nth
     else:
-        query_order = _argsort(query_codes)
-        query_sizes, query_begins = _sizes(query_groups[query_order], P)
-        below = _inverse(query_order) - query_begins[group]
-        nth = below // jnp.maximum(-(-b * query_sizes // jnp.maximum(sizes, 1)), 1)[group]
-    block = first_block[group] + jnp.minimum(nth, num_blocks[group] - 1)
-    block = jnp.where(query_groups < P, block, bounds.num_blocks)
+        num_queries = queries.counts.sum(axis=1)
+        share = jnp.maximum(-(-b * num_queries // jnp.maximum(sizes, 1)), 1)
+        nth = jnp.arange(n, dtype=jnp.int32) - blocks.first[blocks.whole]
+        rest = num_queries[blocks.whole] - nth * share[blocks.whole]
+        is_last = nth == num_blocks[blocks.whole] - 1
+        readers = jnp.where(is_last, rest, jnp.minimum(rest, share[blocks.whole]))
+        readers = jnp.where(nth < num_blocks[blocks.whole], jnp.maximum(readers, 0), 0)
+        chunks = _Pieces.of(-(-readers // c), _num_chunks(bounds, c, T, S, options))
+        group = query_groups
+        place = queries.origin[at] + queries.nth
+        nth = jnp.minimum(place // share[group], num_blocks[group] - 1)
+        place += chunks.first[blocks.first[group] + nth] * c - nth * share[group]
+    num_places = len(chunks.whole) * c
+    place = _of_members(place, at, P, num_places)
 
-    num_chunks = _num_chunks(bounds, c, T, S, options)
-    chunks = cut(block, _argsort(block), bounds.num_blocks, c, num_chunks)
     samples = jax.vmap(lambda i, n: draws.sample(key, i, n, options.sample_size))(draw_ids, sizes)
-    last = bounds.num_blocks - 1
-    chunk_block = jnp.minimum(chunks.group, last)
     return Plan(
-        keys=jnp.where(blocks.members < L * S, blocks.members % S, S),
-        key_place=blocks.place.reshape(L, S),
-        readers=chunks.members,
-        place=chunks.place.reshape(L, T),
-        block=chunk_block,
-        group=jnp.minimum(blocks.group[chunk_block], P - 1),
-        samples=jnp.minimum(first_block[:, None] * b + samples, bounds.num_blocks * b - 1),
+        keys=_inverse(key_place, jnp.arange(S, dtype=jnp.int32), n * b, S).reshape(n, b),
+        key_place=key_place,
+        readers=_inverse(
+            place, jnp.arange(L * T, dtype=jnp.int32).reshape(L, T), num_places, L * T
+        ).reshape(-1, c),
+        place=place,
+        block=chunks.whole,
+        group=blocks.whole[chunks.whole],
+        samples=jnp.minimum(blocks.first[:, None] * b + samples, n * b - 1),
         num_keys=sizes,
     )
 
 
-def cut(
-    groups: Int[Array, "members"],
-    order: Int[Array, "members"],
-    num_groups: int,
-    size: int,
-    num_pieces: int,
-) -> Cut:
-    """Cuts each group into pieces, its last one filled up with nothing.
+class _Pieces(NamedTuple):
+    """Wholes in pieces, one after another.
 
-    Args:
-      groups: of each member; `num_groups` for those of none.
-      order: of the members, groups ascending.
-      num_groups, size, num_pieces: how many groups, places a piece, and pieces at the most.
+    Attributes:
+      first: piece of each whole.
+      whole: of each piece; that of pieces which are left over is the last.
     """
-    count = len(groups)
-    sorted_groups = groups[order]
-    sizes, begins = _sizes(sorted_groups, num_groups)
-    pieces = -(-sizes // size)
-    ends = jnp.cumsum(pieces, dtype=jnp.int32)
-    group = jnp.minimum(sorted_groups, num_groups - 1)
-    index = jnp.arange(count, dtype=jnp.int32)
-    places = (ends - pieces)[group] * size + index - begins[group]
-    places = jnp.where(sorted_groups < num_groups, places, num_pieces * size)
-    members = jnp.full(num_pieces * size, count, jnp.int32)
-    piece = jnp.arange(num_pieces, dtype=jnp.int32)
-    return Cut(
-        members=members.at[places].set(order, mode="drop").reshape(num_pieces, size),
-        group=jnp.searchsorted(ends, piece, side="right").astype(jnp.int32),
-        place=jnp.zeros_like(places).at[order].set(places),
-    )
+
+    first: Int[Array, "wholes"]
+    whole: Int[Array, "pieces"]
+
+    @classmethod
+    def of(cls, counts: Int[Array, "wholes"], num_pieces: int) -> "_Pieces":
+        ends = jnp.cumsum(counts, dtype=jnp.int32)
+        piece = jnp.arange(num_pieces, dtype=jnp.int32)
+        whole = jnp.searchsorted(ends, piece, side="right", method="compare_all")
+        return cls(ends - counts, jnp.minimum(whole, len(counts) - 1).astype(jnp.int32))
+
+
+def _of_members(places: Array, at: tuple[Array, Array], num_groups: int, none: int) -> Array:
+    """Places of members; `none` for those of no group."""
+    return jnp.where(at[0] < num_groups, places, none)
+
+
+def _inverse(place: Array, member: Array, num_places: int, none: int) -> Array:
+    """Which member is at each place."""
+    return jnp.full(num_places, none, jnp.int32).at[place].set(member, mode="drop")
 
 
 def _num_chunks(bounds: Bounds, chunk: int, T: int, S: int, options: Options) -> int:
@@ -168,18 +164,3 @@ def _num_chunks(bounds: Bounds, chunk: int, T: int, S: int, options: Options) ->
     if options.strict or T > S:
         return uneven
     return min(uneven, bounds.num_blocks * -(-options.block_size // chunk))
-
-
-def _sizes(sorted_groups: Array, num_groups: int) -> tuple[Array, Array]:
-    """How many members each group has, and where they begin."""
-    edges = jnp.searchsorted(sorted_groups, jnp.arange(num_groups + 1, dtype=jnp.int32))
-    edges = edges.astype(jnp.int32)
-    return jnp.diff(edges), edges[:-1]
-
-
-def _argsort(x: Array) -> Array:
-    return jnp.argsort(x, stable=True).astype(jnp.int32)
-
-
-def _inverse(order: Array) -> Array:
-    return jnp.zeros_like(order).at[order].set(jnp.arange(len(order), dtype=jnp.int32))

@@ -1,0 +1,82 @@
+"""One softmax from what each level gave, chunk by chunk, and what was not estimated.
+
+As `lcattn.ops.merging.merge`, whose results these are. But outputs of levels are fetched as they
+are added up, and gradients for them, of all levels at once, from those of the merged output.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from lcattn.ops.hyper_attention.rearranged import take
+from lcattn.typing import Array, Float, Int
+
+Part = tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]
+
+
+@jax.custom_vjp
+def merge_levels(
+    levels: tuple[Float[Array, "B R N H"], Float[Array, "B R N"]],
+    exact: Part | None,
+    place: Int[Array, "B N L T"],
+    readers: Int[Array, "B N R"],
+) -> Part:
+    """Outputs, in their dtype, and log-sum-exps.
+
+    Args:
+      levels: outputs and log-sum-exps of the queries of all chunks.
+      exact: those of each token over keys that are not estimated, if there are any.
+      place: of each token on each level among the queries; past the end for nowhere.
+      readers: which token each query is, as level · T + token; L · T for none.
+    """
+    return _forward(levels, exact, place, readers)[0]
+
+
+def _forward(levels, exact, place, readers):
+    out, lse = levels
+    places = [place[:, :, level] for level in range(place.shape[2])]
+    is_placed = [jnp.swapaxes(x, 1, 2) < out.shape[1] for x in places]
+    lses = [
+        jnp.where(seen, take(lse[..., None], x)[..., 0], -jnp.inf)
+        for x, seen in zip(places, is_placed, strict=True)
+    ]
+    if exact is not None:
+        lses.append(exact[1])
+    total = jax.nn.logsumexp(jnp.stack(lses), axis=0)
+    shares = [_share(x, total)[..., None] for x in lses]
+    outs = [take(out, x) for x in places]
+    if exact is not None:
+        outs.append(exact[0])
+    parts = (share * x for share, x in zip(shares, outs, strict=True))
+    merged = functools.reduce(jnp.add, parts).astype(out.dtype)
+    return (merged, total), (levels, exact, place, readers, merged, total)
+
+
+def _backward(residuals, gradients):
+    (out, lse), exact, place, readers, merged, total = residuals
+    g, d_total = gradients
+    T = place.shape[-1]
+    # d x = p (g · v - inner) for the score x of a pair, whatever the level
+    inner = jnp.sum(g.astype(lse.dtype) * merged.astype(lse.dtype), axis=-1) - d_total
+
+    def of_part(g, inner, total, out, lse):
+        share = _share(lse, total)
+        d_out = (share[..., None] * g).astype(out.dtype)
+        along = jnp.sum(d_out.astype(lse.dtype) * out.astype(lse.dtype), axis=-1)
+        return d_out, along - share * inner
+
+    token = jnp.where(readers < place.shape[2] * T, readers % T, T)
+    own_inner, own_total = (take(x[..., None], token)[..., 0] for x in (inner, total))
+    own_total = jnp.where(jnp.swapaxes(token, 1, 2) < T, own_total, jnp.inf)
+    d_levels = of_part(take(g, token), own_inner, own_total, out, lse)
+    d_exact = None if exact is None else of_part(g, inner, total, *exact)
+    return d_levels, d_exact, None, None
+
+
+def _share(lse: Array, total: Array) -> Array:
+    """Of a part in the whole; 0 where nothing is seen."""
+    return jnp.exp(lse - jnp.where(jnp.isneginf(total), 0, total))
+
+
+merge_levels.defvjp(_forward, _backward)
