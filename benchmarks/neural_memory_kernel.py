@@ -201,7 +201,7 @@ CASES = [
     Case(4, 8192),
     Case(4, 8192, projections=384),
     Case(4, 8192, hidden=None),
-    Case(1, 300, N=2, M=1, hidden=128),
+    Case(1, 300, N=2, M=1, hidden=192),
     Case(1, 32768),
     Case(16, 2048),
     Case(4, 8192, hidden=64),

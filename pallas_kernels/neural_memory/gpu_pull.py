@@ -12,7 +12,8 @@ layer, and g, n, b, f, m the shares of the chunk:
     W_1' = b A_1 + W_1'(read) + Kᵀ Z_1'                          S' = f A + m B + S'(read)
     W_2' = b A_2 + W_2'(read) + D'ᵀ E_2 + X_2ᵀ Z_2'
 
-From A, B, Z_1' and Z_2' follow gradients of tokens and shares (`gpu_tokens`).
+A warpgroup a layer, as in the walk, and one sum over the cluster; what follows from Z_1 alone is
+found a chunk ahead. From A, B, Z_1' and Z_2' follow gradients of tokens and shares (`gpu_tokens`).
 """
 
 from typing import Any, NamedTuple
@@ -197,11 +198,11 @@ def pull(
                     (shares.at[(*here, c)], gates[1].at[slot]),
                 )
 
-            def prefetch(c, own_tiles):
+            def prefetch(c, tile):
                 fetch(
                     arrivals.second,
-                    (of_second(d_memories, c, own), own_tiles.d_w2),
-                    (of_second(d_memories, c, slices + own), own_tiles.d_s2),
+                    (of_second(d_memories, c, own), tile.d_w2),
+                    (of_second(d_memories, c, slices + own), tile.d_s2),
                 )
 
             def prefetch_w1(c, tile):

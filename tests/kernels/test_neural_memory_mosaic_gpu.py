@@ -124,3 +124,16 @@ def test_a_call_that_is_not_served_is_told_why(change, options, message, on_a_si
 def test_the_op_says_what_the_kernels_need():
     with pytest.raises(ValueError, match="'mosaic_gpu' needs a Hopper GPU"):
         neural_memory(**inputs(1, 64, 1, 1, (64,)), implementation="mosaic_gpu")
+
+
+def test_long_sequences_and_two_layers_take_the_kernels_unasked(monkeypatch):
+    monkeypatch.setattr(kernel.dispatch, "on_hopper", lambda: True)
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+
+    def takes_them(*shape):
+        arrays = jax.eval_shape(lambda: inputs(*shape))
+        return "neural_memory_walk" in str(jax.make_jaxpr(lambda x: neural_memory(**x))(arrays))
+
+    assert takes_them(1, 1024, 1, 1, (64,))
+    assert not takes_them(1, 1023, 1, 1, (64,))
+    assert not takes_them(1, 1024, 1, 1, ())

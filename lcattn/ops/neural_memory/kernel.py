@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 
+import jax
 import jax.numpy as jnp
 
 from lcattn.ops import dispatch
@@ -12,6 +13,9 @@ from lcattn.ops.neural_memory.coefficients import coefficients
 from lcattn.ops.neural_memory.network import Activation, name_of
 from lcattn.ops.neural_memory.state import NeuralMemoryState
 from lcattn.typing import Array
+
+_PAYS_FROM = 1024
+"""Tokens from which on the kernels are chosen unasked."""
 
 
 def attend(
@@ -71,7 +75,11 @@ def objection(
     )  # fmt: skip
 
 
-def pays(**call) -> bool:
-    """Never unasked, until a GPU has proven it."""
+def pays(*, sizes: Sizes, weights: Sequence[Array], **call) -> bool:
+    """Whether the kernels are the better choice where they can serve: of two layers, an H200 found.
+
+    Compilers cannot partition them: over several devices they belong inside `shard_map`, and only
+    who writes that can tell.
+    """
     del call
-    return False
+    return len(weights) == 2 and sizes.T >= _PAYS_FROM and jax.device_count() == 1
