@@ -86,7 +86,7 @@ def outputs(
         *, ring, ready, sums, copy, tile, met,
     ):  # fmt: skip
         batch, group, head = (lax.axis_index(axis) for axis in ("batch", "group", "head"))
-        me = lax.axis_index("warpgroup") if warpgroups > 1 else 0
+        me = lax.axis_index("warpgroup") if warpgroups > 1 else jnp.int32(0)
 
         def chunk(i):
             return Chunk(batch, group * chunks + (chunks - 1 - i if reverse else i), head, N)
@@ -106,7 +106,7 @@ def outputs(
         def step(i, state, *, strong):
             x, y, w, terms, halves = (tile.at[lax.rem(i, _STAGES)] for tile in ring)
             # Found anew in each step, or descriptors of tiles stay in registers.
-            here, mine = chunk(i), lax.optimization_barrier(me) if warpgroups > 1 else 0
+            here, mine = chunk(i), lax.optimization_barrier(me)
             values = pl.ds(mine * TILE, TILE)
             own = values if slices == warpgroups else pl.ds(0, TILE)
             mixed, read = w.at[:, values], copy.at[mine]
