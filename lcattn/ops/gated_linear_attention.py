@@ -18,9 +18,6 @@ from lcattn.ops.decay import (
 from lcattn.ops.triangular import halves, merge
 from lcattn.typing import Array, Float, SegmentIds
 
-# The shortest length measured; there the kernels take a fraction of XLA's time: benchmarks/h200.
-_PAYS_FROM = 1024
-
 
 def gated_linear_attention(
     q: Float[Array, "B T N F"],
@@ -81,8 +78,8 @@ def gated_linear_attention(
         memory, never the result.
       implementation: "mosaic_gpu" (kernels for Hopper GPUs: bfloat16, F and H of 64 or 128,
         F <= H), "mosaic_tpu" (kernels for TPUs: bfloat16 or float32, F and H multiples of 8; for
-        the gradient they keep a state every few hundred tokens; only when named), "xla" (chunks),
-        "reference" (token by token), or None.
+        the gradient they keep a state every few hundred tokens), "xla" (chunks), "reference"
+        (token by token), or None for "xla": the kernels run only when named.
 
     Returns:
       `[B,T,N,H]`, or that and the final state.
@@ -210,16 +207,6 @@ def _kernels_objection(*, sizes: checks.Sizes, dtype: jnp.dtype, **call) -> str 
     return mosaic_gpu.objection(dtype=dtype, F=sizes.F, H=sizes.H)
 
 
-def _kernels_pay(*, sizes: checks.Sizes, chunk_size: int | None, **call) -> bool:
-    """Whether the kernels are the better choice where they can serve.
-
-    They have chunks of their own. Compilers cannot partition them: over several devices they belong
-    inside `shard_map`, and only who writes that can tell.
-    """
-    del call
-    return sizes.T >= _PAYS_FROM and chunk_size is None and jax.device_count() == 1
-
-
 def _tpu_objection(*, sizes: checks.Sizes, states: int, dtype: jnp.dtype, **call) -> str | None:
     """Why the kernels for TPUs cannot serve a call, in words."""
     del call
@@ -231,7 +218,10 @@ def _tpu_objection(*, sizes: checks.Sizes, states: int, dtype: jnp.dtype, **call
 
 
 def _only_when_asked(**call) -> bool:
-    """Kernels that run by name alone: no TPU was at hand to try them."""
+    """Kernels that run by name alone.
+
+    No TPU was at hand to try them, and those for GPUs have changed since one ran them.
+    """
     del call
     return False
 
@@ -239,7 +229,7 @@ def _only_when_asked(**call) -> bool:
 dispatch.declare(
     "gated_linear_attention",
     {
-        "mosaic_gpu": dispatch.Implementation(_kernels, _kernels_objection, _kernels_pay),
+        "mosaic_gpu": dispatch.Implementation(_kernels, _kernels_objection, _only_when_asked),
         "mosaic_tpu": dispatch.Implementation(_tpu_kernels, _tpu_objection, _only_when_asked),
         "xla": dispatch.Implementation(_chunked),
         "reference": dispatch.Implementation(_token_by_token),

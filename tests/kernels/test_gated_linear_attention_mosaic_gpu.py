@@ -120,21 +120,17 @@ def test_a_call_that_is_not_served_is_told_why(dtype, size, message):
         kernel(x, x, x, -x, scale=1.0)
 
 
-def test_long_calls_are_served_unasked_on_a_single_gpu(monkeypatch):
+def test_the_kernels_serve_only_when_named(monkeypatch):
     monkeypatch.setattr(dispatch, "on_hopper", lambda: True)
     monkeypatch.setattr(jax, "device_count", lambda: 1)
+    q = jnp.ones((1, 1024, 1, 128), jnp.bfloat16)
 
-    def is_served(length, size=128, **options):
-        q = jnp.ones((1, length, 1, size), jnp.bfloat16)
-        program = jax.make_jaxpr(lambda q: gated_linear_attention(q, q, q, -q, **options))(q)
-        return "gated_linear_attention_outputs" in str(program)
+    def is_served(implementation):
+        run = functools.partial(gated_linear_attention, implementation=implementation)
+        return "gated_linear_attention_outputs" in str(jax.make_jaxpr(run)(q, q, q, -q))
 
-    assert is_served(1024)
-    assert not is_served(512)
-    assert not is_served(1024, size=32)
-    assert not is_served(1024, chunk_size=64)
-    monkeypatch.setattr(jax, "device_count", lambda: 4)
-    assert not is_served(1024)
+    assert is_served("mosaic_gpu")
+    assert not is_served(None)
 
 
 def test_the_op_says_what_the_kernels_need():

@@ -134,6 +134,7 @@ def test_all_levels_are_one_call(monkeypatch):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_they_run_unasked_where_kernels_for_hopper_do(monkeypatch, dtype):
     monkeypatch.setattr(visible, "_BLOCK", {"cpu": 64})
+    monkeypatch.setattr(visible, "_PAYS_FROM", 64)
     monkeypatch.setattr(jax, "device_count", lambda: 1)
     call = {"sizes": Sizes(B=1, T=64, S=64, N=1, K=1, F=64, H=64), "dtype": jnp.dtype(dtype)}
     tables = [dispatch.OPS[op] for op in {op for op, *_ in CASES.values()}]
@@ -142,6 +143,8 @@ def test_they_run_unasked_where_kernels_for_hopper_do(monkeypatch, dtype):
     for table in tables:
         assert list(table).index("block_sparse") < list(table).index("xla")
         assert table["block_sparse"].pays(**call) is (dtype == "bfloat16")
+    monkeypatch.setattr(visible, "_PAYS_FROM", 65)
+    assert not any(table["block_sparse"].pays(**call) for table in tables)
 
 
 def test_a_plan_takes_no_slopes():

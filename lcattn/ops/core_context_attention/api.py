@@ -90,8 +90,8 @@ def core_context_attention(
         how long the stream may become. Past that, outputs are NaN under `jit`.
       implementation: "block_sparse" (cores and tokens as one plan of blocks, in the best form of
         `block_sparse_attention`; tokens' keys are copied for query heads that have cores of their
-        own; unasked where kernels for Hopper GPUs run it), "xla" (blocks), "reference" (one
-        softmax over T·(T/g + T) scores), or None.
+        own; unasked for long rows where kernels for Hopper GPUs run it), "xla" (blocks),
+        "reference" (one softmax over T·(T/g + T) scores), or None.
 
     Returns:
       `[B,T,N,H]`, or that and the final state.
