@@ -11,7 +11,7 @@ a thread rather than 580, and ptxas no longer serialised its products for want o
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -20,7 +20,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.tiles import TILE, zeros
+from pallas_kernels.tiles import zeros
 
 Operand = Any  # a shared-memory ref or a register tile
 Pair = tuple[Operand, Operand]
@@ -142,41 +142,6 @@ class Products:
 
         totals = tuple(plgpu.ACC.init(total) for total, *_ in sums)
         return lax.optimization_barrier(pl.run_state(issue)(totals))
-
-    def attend(
-        self,
-        x: Operand,
-        y: Operand,
-        state: Operand,
-        values: Operand,
-        hide: Callable[[jax.Array], jax.Array],
-        sums: Sequence[jax.Array],
-    ) -> tuple[jax.Array, list[jax.Array]]:
-        """`x state + hide(x yᵀ) values`, and each of `sums` plus its 64 rows of `yᵀ values`.
-
-        All are in flight at once but for the product that waits for `hide`.
-        """
-        columns = [y.at[:, pl.ds(TILE * i, TILE)].transpose((1, 0)) for i in range(len(sums))]
-        if self.interpret:
-            scores = hide(self.product(x, y.transpose((1, 0))))
-            out = self.product(x, state)
-            sums = [self.accumulate(s, c, values) for s, c in zip(sums, columns, strict=True)]
-            return self.accumulate(out, scores.astype(jnp.bfloat16), values), sums
-
-        def issue(accs):
-            scores, out, *sums = accs
-            plgpu.wgmma(scores, x, y.transpose((1, 0)))
-            plgpu.wgmma(out, x, state)
-            for acc, part in zip(sums, columns, strict=True):
-                plgpu.wgmma(acc, part, values)
-            found = plgpu.wgmma_accumulator_load(scores, wait_n=1 + len(sums))
-            weights = hide(lax.optimization_barrier(found)).astype(jnp.bfloat16)
-            plgpu.wgmma(out, weights, values)
-            plgpu.wgmma_wait(0)
-
-        totals = [plgpu.ACC.init(x) for x in (zeros(TILE), zeros(TILE), *sums)]
-        _, out, *sums = lax.optimization_barrier(pl.run_state(issue)(totals))
-        return out, sums
 
 
 def _accumulator(a: Operand, b: Operand):

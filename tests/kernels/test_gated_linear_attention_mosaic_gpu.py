@@ -1,5 +1,7 @@
 """The Hopper kernels without a GPU: simulated, against the recurrence, and lowered for CUDA."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
