@@ -113,7 +113,7 @@ def test_derivatives_of_activations(name):
         ({}, {"activation": jnp.sin}, "knows no activation but those with names"),
         ({}, {"segment_ids": jnp.zeros((1, 64), jnp.int32)}, "without segment_ids or initial"),
     ],
-    ids=str,
+    ids=["float32", "H", "96", "512", "layers", "chunk", "short", "activation", "packed"],
 )
 def test_a_call_that_is_not_served_is_told_why(change, options, message, on_a_simulated_gpu):
     arrays = inputs(**{"B": 1, "T": 64, "N": 1, "M": 1, "hidden": (64,)} | change)
