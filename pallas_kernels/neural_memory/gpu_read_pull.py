@@ -11,7 +11,8 @@ With primes for gradients, R_1 = Q Kᵀ and R_2 = X X_2ᵀ what scores are made 
 
 A CTA takes a chunk of one query head, 64 hidden units after the other. Gradients of memories leave
 from where the memories came. It takes half the shared memory of a multiprocessor, so that another
-CTA computes while this one waits for its tiles.
+CTA computes while this one waits for its tiles. Floor, as for `gpu_read`: 1.0 GB, 0.23 ms; reached
+on an H200: 0.44 ms.
 """
 
 import jax

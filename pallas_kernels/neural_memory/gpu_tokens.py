@@ -6,7 +6,8 @@ In its notation, with ⟨ , ⟩ a sum over all elements and · one over rows:
     g' = -K · E_1 A_1ᵀ - E_2 · X_2 A_2                  n' = -K · E_1 B_1ᵀ - E_2 · X_2 B_2
     b' = ⟨A, W⟩      f' = ⟨A, S⟩      m' = ⟨B, S⟩       of both layers
 
-Traffic is all: every memory and its gradient are read once.
+Traffic is all: every memory and its gradient are read once. Floor, as for `gpu_read`: 0.69 GB, 0.16
+ms; reached on an H200: 0.21 ms.
 """
 
 import jax

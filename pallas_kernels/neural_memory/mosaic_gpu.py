@@ -8,8 +8,15 @@ reverse that carries the gradient of the memory (`gpu_pull`), and chunks by them
 follows from it for keys, values and gates (`gpu_tokens`). Of one layer only the walks are kernels
 (`gpu_linear`).
 
-What the walk leaves is kept for the gradient, 8 H F + 2 C (F + H) bfloat16 numbers a chunk and
-memory; operands of products are bfloat16, all else float32.
+On an H200, 4 x 8192 tokens of 4 heads with 256 hidden units, projections of tokens of width 384
+included, took 0.90 ms forward, of it 0.54 for the walk and 0.15 to read, and 2.99 ms forward and
+backward: walks 0.51 and 0.67, to read 0.15 and 0.44, tokens 0.21, and 1.0 ms in XLA.
+XLA's form took 6.7 and 24.6 ms. (In the record the row without projections was disturbed, by
+another program on the GPU it seems: backward, the same kernels took 1.6 to 4.7 times as long.)
+
+What the walk leaves is kept for the gradient, 4 H F + 2 C F + C H bfloat16 numbers a chunk and
+memory. Operands of products are bfloat16, and so are what is kept and its gradients; network,
+momentum, their gradients and all sums but one (that of `gpu_pull` over a cluster) are float32.
 """
 
 from collections.abc import Sequence
