@@ -134,6 +134,6 @@ def test_long_sequences_and_two_layers_take_the_kernels_unasked(monkeypatch):
         arrays = jax.eval_shape(lambda: inputs(*shape))
         return "neural_memory_walk" in str(jax.make_jaxpr(lambda x: neural_memory(**x))(arrays))
 
-    assert takes_them(1, 1024, 1, 1, (64,))
-    assert not takes_them(1, 1023, 1, 1, (64,))
-    assert not takes_them(1, 1024, 1, 1, ())
+    assert takes_them(1, 8192, 1, 1, (64,))
+    assert not takes_them(1, 8191, 1, 1, (64,))
+    assert not takes_them(1, 8192, 1, 1, ())
