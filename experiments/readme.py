@@ -125,22 +125,24 @@ def highlights() -> str:
 
 def kernels() -> str:
     """The first case of each record of our own kernels."""
-    rows, devices = [], set()
+    rows, devices, notes = [], set(), []
     for path in sorted(RECORDS.glob("*/*_kernel.json")):
         record = records.load(path)
         devices.add(record["device"])
-        first = record["rows"][0]
+        first, op = record["rows"][0], f"`{path.stem.removesuffix('_kernel')}`"
+        notes += [f"{op}. {record['note']}"] if "note" in record else []
         for kind, ours in first["mosaic_gpu"].items():
             xla = first["xla"][kind]["kernel_ms"]
             rows.append(
                 (
-                    f"`{path.stem.removesuffix('_kernel')}`", first["case"],
+                    op, first["case"],
                     kind.replace("_", " + "), ours["kernel_ms"],
                     f"{100 * ours['floor_share']:.0f} %", xla, f"{xla / ours['kernel_ms']:.1f} ×",
                 )
             )  # fmt: skip
     header = ("op", "case (bfloat16)", "pass", "ms", "of the floor", "XLA's form, ms", "faster")
-    return Table(title=f"On one {', '.join(sorted(devices))}", header=header, rows=rows).markdown()
+    table = Table(title=f"On one {', '.join(sorted(devices))}", header=header, rows=rows).markdown()
+    return "\n\n".join([table, *notes])
 
 
 def pages() -> dict[Path, str]:

@@ -28,14 +28,7 @@ names.
 ## Kernels
 
 {kernels}
-
-## One token
-
-What a token costs against the bytes that it must move: the state of linear attention, read and
-written, or all keys and values, read.
-
 {decoding}
-
 ## Ours beside others
 
 One process each: the longest length that an implementation was timed at, after its results were
@@ -46,6 +39,11 @@ call takes 0.1 to 0.4 ms more on the host while nothing else keeps the device bu
 {benchmarks}
 """
 _SOFTMAX = "cudnn_softmax"
+
+_ONE_TOKEN = """## One token
+
+What a token costs against the bytes that it must move: the state of linear attention, read and
+written, or all keys and values, read."""
 
 
 def page() -> str:
@@ -130,6 +128,7 @@ def kernels() -> str:
             f"`{record['command']}`, jax {record['jax']}. The floor is the largest of the "
             "least FLOPs, bytes and (softplus) exp2 and log2 over their rates. Errors are "
             "relative to float64: the largest of the output and all gradients."
+            + (f" {record['note']}" if "note" in record else "")
         )
     parts += [
         _growth(load(path)) for path in sorted(RECORDS.glob("*/linear_attention_growth.json"))
@@ -218,7 +217,7 @@ def _megabytes(size: int) -> str:
 
 
 def decoding() -> str:
-    """One step of each mechanism, and models that generate."""
+    """The section on one step of each mechanism, and on models that generate, if recorded."""
     parts = []
     for path in sorted(RECORDS.glob("*/decode.json")):
         record = load(path)
@@ -263,7 +262,7 @@ def decoding() -> str:
             f"`{record['command']}`, jax {record['jax']}. The floor is that of reading weights and "
             "states once."
         )
-    return "\n\n".join(parts)
+    return f"\n{_ONE_TOKEN}\n\n" + "\n\n".join(parts) + "\n" if parts else ""
 
 
 def benchmarks() -> str:

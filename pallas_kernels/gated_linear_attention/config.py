@@ -2,6 +2,8 @@
 
 import dataclasses
 
+from pallas_kernels import tuned
+from pallas_kernels.groups import whole_groups
 from pallas_kernels.tiles import TILE
 from pallas_kernels.tpu import LANES
 
@@ -35,17 +37,12 @@ class LaunchConfig:
 
 
 def heuristic(*, B: int, T: int, N: int, F: int, H: int) -> LaunchConfig:
-    """The launch parameters for a shape: as many groups as fill the chip once.
-
-    A number of groups that divides the chunks needs no padding, so one within half of the wanted
-    number is preferred.
-    """
-    chunks = -(-T // TILE)
+    """The launch parameters for a shape: measured ones, or as many groups as fill the chip once."""
+    found = dict(tuned.lookup("gated_linear_attention", sequences=B * N, T=T, F=F, H=H))
     # Shared memory of a multiprocessor holds one walk of size 128, or two of 64.
     resident = _MULTIPROCESSORS * (1 if max(F, H) > TILE else 2)
-    wanted = max(1, min(resident // (B * N), chunks))
-    fitting = [n for n in range(wanted, wanted // 2, -1) if chunks % n == 0]
-    return LaunchConfig(groups=(fitting or [wanted])[0], stages=3)
+    groups = whole_groups(found.pop("groups", resident // (B * N)), T)
+    return LaunchConfig(**({"groups": groups, "stages": 3} | found))
 
 
 TPU_VMEM = 14 * 2**20

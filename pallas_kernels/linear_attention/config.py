@@ -3,6 +3,7 @@
 import dataclasses
 
 from pallas_kernels import tuned
+from pallas_kernels.groups import whole_groups
 from pallas_kernels.tiles import TILE
 
 # CTAs that fill an H100 or H200 once: 132 multiprocessors hold two each, since a state of
@@ -40,16 +41,12 @@ class LaunchConfig:
 def heuristic(*, B: int, T: int, N: int, F: int, H: int) -> LaunchConfig:
     """The launch parameters for a shape: measured ones, or as many groups as fill the chip once.
 
-    A number of groups that divides the chunks needs no padding, so one within half of the wanted
-    number is preferred. Three stages of wide q and k would leave room for one CTA alone.
+    Three stages of wide q and k would leave room for one CTA alone.
     """
     found = dict(tuned.lookup("linear_attention", sequences=B * N, T=T, F=F, H=H))
-    chunks = -(-T // TILE)
     walkers = B * N * -(-H // TILE)
-    wanted = max(1, min(found.pop("groups", _RESIDENT_CTAS // walkers), chunks))
-    fitting = [n for n in range(wanted, wanted // 2, -1) if chunks % n == 0]
-    formula = {"groups": (fitting or [wanted])[0], "stages": 3 if F <= 16 else 2}
-    return LaunchConfig(**(formula | found))
+    groups = whole_groups(found.pop("groups", _RESIDENT_CTAS // walkers), T)
+    return LaunchConfig(**({"groups": groups, "stages": 3 if F <= 16 else 2} | found))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

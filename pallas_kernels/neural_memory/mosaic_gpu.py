@@ -66,6 +66,8 @@ def neural_memory(
     """
     sizes = (q.shape[-1], *(x.shape[-1] for x in weights))
     reason = objection(dtype=q.dtype, length=q.shape[1], chunk=TILE, sizes=sizes)
+    if reason is None and q.shape[1] % TILE:
+        reason = f"take whole chunks of {TILE} tokens, not {q.shape[1]}"
     if reason is not None:
         raise ValueError(f"neural_memory: the mosaic_gpu kernels {reason}")
     c, plan = coefficients, Plan(activation, interpret)

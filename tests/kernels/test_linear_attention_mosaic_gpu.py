@@ -172,3 +172,18 @@ def test_the_op_says_what_the_kernel_needs():
     q = jnp.ones((1, 64, 1, 16), jnp.bfloat16)
     with pytest.raises(ValueError, match="'mosaic_gpu' needs a Hopper GPU"):
         linear_attention(q, q, q, implementation="mosaic_gpu")
+
+
+def test_what_was_timed_runs_unasked(monkeypatch):
+    monkeypatch.setattr(dispatch, "on_hopper", lambda: True)
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+
+    def takes_them(F, **options):
+        q, v = (jax.ShapeDtypeStruct((1, 2048, 1, H), jnp.bfloat16) for H in (F, 64))
+        run = functools.partial(linear_attention, **options)
+        return "linear_attention_outputs" in str(jax.make_jaxpr(run)(q, q, v))
+
+    assert takes_them(16)
+    assert takes_them(64, feature_map="identity")
+    assert not takes_them(64, feature_map="identity", normalize=True)
+    assert not takes_them(64, feature_map="elu")

@@ -66,10 +66,10 @@ def block_sparse_attention(
       return_lse: also return the log-sum-exp of each query, `[B,T,N]` float32. Gradients flow
         through it.
       implementation: "mosaic_gpu" (Hopper GPUs; bfloat16 or float16, heads of 64 or 128, blocks of
-        multiples of 64), "mosaic_tpu" (TPUs; bfloat16 or
-        float32, blocks of 128, 256 or 512), "xla" (block by block, anywhere), "reference" (the
-        definition, T·S memory), or None for the first of them that serves the call. Over several
-        devices the kernels belong inside `jax.shard_map(..., check_vma=False)`.
+        multiples of 64), "mosaic_tpu" (TPUs; bfloat16 or float32, blocks of 128, 256 or 512), "xla"
+        (block by block, anywhere), "reference" (the definition, T·S memory), or None for the first
+        of them that serves the call. Over several devices the kernels belong inside
+        `jax.shard_map(..., check_vma=False)`, and run only when named.
 
     Returns:
       `[B,T,N,H]`, or that and the log-sum-exp.

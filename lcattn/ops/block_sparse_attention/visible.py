@@ -13,8 +13,7 @@ from lcattn.typing import Array
 # Tokens a block. A TPU pays for every block that is listed; none was at hand to measure.
 _BLOCK = {"cpu": 128, "gpu": 128, "tpu": 512}
 
-
-# The shortest length at which a mechanism was timed as a plan: benchmarks/h200.
+# The shortest length at which HyperAttention was timed as a plan: benchmarks/h200.
 _PAYS_FROM = 16_384
 
 
@@ -29,8 +28,9 @@ def pays(
 ) -> bool:  # fmt: skip
     """Whether to compile a mechanism to a plan unasked.
 
-    Where the kernels for Hopper GPUs run it, that is several times faster than a loop in plain JAX
-    (`benchmarks/h200`); no other kernels have been measured.
+    Where the kernels for Hopper GPUs run it: HyperAttention was then five times faster than its
+    loop in plain JAX (`benchmarks/h200/sparse_mechanisms.json`). Other mechanisms take the same
+    kernels, but have not been timed by themselves, and no other kernels have been measured.
     """
     del call
     objection = kernel.objection_to_blocks(

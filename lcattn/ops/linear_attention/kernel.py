@@ -93,17 +93,19 @@ def pays(
     sizes: Sizes,
     chunk_size: int | None,
     feature_map: FeatureMap,
+    normalize: bool,
     segment_ids: Array | None,
     **call,
 ) -> bool:
     """Whether the kernel is the better choice where it can serve.
 
     It walks chunks of its own size, and compilers cannot partition it: over several devices it
-    belongs inside `shard_map`, and only who writes that can tell. Packed documents and elu + 1 were
-    right on an H200, but their time has not been taken.
+    belongs inside `shard_map`, and only who writes that can tell. Packed documents, elu + 1 and the
+    normalised identity were right on an H200, but their time has not been taken.
     """
     del call
-    was_timed = feature_map in ("taylor", "identity") and segment_ids is None
+    is_timed_map = feature_map == "taylor" or (feature_map == "identity" and not normalize)
+    was_timed = is_timed_map and segment_ids is None
     is_long = sizes.T >= _PAYS_FROM and chunk_size is None
     return was_timed and is_long and jax.device_count() == 1
 
