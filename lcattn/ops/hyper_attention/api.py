@@ -138,14 +138,14 @@ def hyper_attention(
         groups, bounds = causal_groups(sizes.S, segment_ids, **cuts)
     else:
         groups, bounds = document_groups(sizes.T, sizes.S, segment_ids, **cuts)
-    _check_codes(drawn.planes.shape[1], groups.draw_ids.shape[1])
+    _check_ranks(drawn.planes.shape[1], groups.draw_ids.shape[1])
     leaf = min_seq_len if causal and segment_ids is None else None
     out, lse = run(q, k, v, drawn, groups, bounds, leaf, options)
     return (out.astype(q.dtype), lse) if return_lse else out.astype(q.dtype)
 
 
-def _check_codes(num_projections: int, num_groups: int) -> None:
-    """Group and rank are sorted as one int32."""
+def _check_ranks(num_projections: int, num_groups: int) -> None:
+    """Members are counted by group and rank, in a table that int32 indexes."""
     most = min(16, 30 - num_groups.bit_length())
     if num_projections > most:
         raise argument_error("num_projections", f"at most {most} here", num_projections)

@@ -99,8 +99,9 @@ def routing_attention(
       initial_state: continues a stream; from `routing_attention_state`. Needs `strict`.
       return_state: also return the state after the last token. Needs `strict`.
       implementation: "block_sparse" (lists as plans of blocks, in the best form of
-        `block_sparse_attention`; unasked for long rows where kernels for Hopper GPUs run it),
-        "xla" (blocks), "reference" (all scores of a list at once), or None.
+        `block_sparse_attention`; unasked for long lists, as strict ones of long rows are, where
+        kernels for Hopper GPUs run it), "xla" (blocks), "reference" (all scores of a list at once),
+        or None.
 
     Returns:
       `[B,T,N,H]`, or that and the final state.
