@@ -28,9 +28,6 @@ from benchmarks.linear_attention_kernel import IDENTITY, TAYLOR
 from benchmarks.linear_attention_kernel import Case as Linear
 from benchmarks.softplus_attention_kernel import Case as Softplus
 from pallas_kernels import tuned
-from pallas_kernels.gated_linear_attention import config as gated
-from pallas_kernels.linear_attention import config as linear
-from pallas_kernels.softplus_attention import config as softplus
 
 _LEAST_GAIN = 0.02
 _WIDE: dict[str, Any] = {"N": 16, "K": 16, "H": 128}
@@ -67,11 +64,6 @@ SEARCHES = {
             "gradient_stages": (2, 3),
         },
     ),
-}  # fmt: skip
-
-
-CONFIGS = {
-    "linear_attention": linear, "gated_linear_attention": gated, "softplus_attention": softplus,
 }  # fmt: skip
 
 

@@ -32,10 +32,18 @@ def test_sizes_are_rounded_to_powers_of_two():
     assert tuned.rounded({"T": 2890, "B": 1}) == (("B", 1), ("T", 2048))
 
 
-def test_what_the_tables_hold_are_launch_parameters():
-    for kernel, module in tune.CONFIGS.items():
-        for fields in tuned._table(kernel).values():
-            module.LaunchConfig(**fields)
+def test_a_table_is_read_where_it_lies(monkeypatch, tmp_path):
+    (tmp_path / "tables").mkdir()
+    sizes = {"sequences": 16, "T": 4096, "F": 48, "H": 64}
+    found = {"entries": [{"sizes": sizes, "config": {"groups": 8, "gradient_stages": 3}}]}
+    (tmp_path / "tables" / "linear_attention.json").write_text(json.dumps(found))
+    monkeypatch.setattr(tuned.resources, "files", lambda package: tmp_path)
+    tuned._table.cache_clear()
+    try:
+        assert heuristic(**SHAPE) == LaunchConfig(groups=8, gradient_stages=3)
+        assert heuristic(**SHAPE | {"T": 8192}).gradient_stages == 2
+    finally:
+        tuned._table.cache_clear()
 
 
 @pytest.mark.parametrize(

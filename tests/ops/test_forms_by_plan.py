@@ -132,19 +132,19 @@ def test_all_levels_are_one_call(monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_they_run_unasked_where_kernels_for_hopper_do(monkeypatch, dtype):
-    monkeypatch.setattr(visible, "_BLOCK", {"cpu": 64})
-    monkeypatch.setattr(visible, "_PAYS_FROM", 64)
+def test_long_hyper_attention_is_a_plan_unasked_where_kernels_for_hopper_are(monkeypatch, dtype):
     monkeypatch.setattr(jax, "device_count", lambda: 1)
-    call = {"sizes": Sizes(B=1, T=64, S=64, N=1, K=1, F=64, H=64), "dtype": jnp.dtype(dtype)}
-    tables = [dispatch.OPS[op] for op in {op for op, *_ in CASES.values()}]
-    assert not any(table["block_sparse"].pays(**call) for table in tables)
+    call = {
+        "sizes": Sizes(B=1, T=16_384, S=16_384, N=1, K=1, F=64, H=64), "dtype": jnp.dtype(dtype),
+        "query_block": 128, "key_block": 128,
+    }  # fmt: skip
+    table = dispatch.OPS["hyper_attention"]
+    assert next(iter(table)) == "block_sparse"
+    assert not table["block_sparse"].is_best(**call)
     monkeypatch.setattr(dispatch, "on_hopper", lambda: True)
-    for table in tables:
-        assert list(table).index("block_sparse") < list(table).index("xla")
-        assert table["block_sparse"].pays(**call) is (dtype == "bfloat16")
-    monkeypatch.setattr(visible, "_PAYS_FROM", 65)
-    assert not any(table["block_sparse"].pays(**call) for table in tables)
+    assert table["block_sparse"].is_best(**call) is (dtype == "bfloat16")
+    short = call | {"sizes": Sizes(B=1, T=16_383, S=16_383, N=1, K=1, F=64, H=64)}
+    assert not table["block_sparse"].is_best(**short)
 
 
 def test_a_plan_takes_no_slopes():

@@ -1,43 +1,18 @@
 """Attention to whatever a rule lets queries see, by the plan of that rule."""
 
-import jax.numpy as jnp
-
 from lcattn.ops import dispatch
-from lcattn.ops.block_sparse_attention import kernel
 from lcattn.ops.block_sparse_attention.api import block_sparse_attention
 from lcattn.ops.block_sparse_attention.builders import plan_of_rule
-from lcattn.ops.checks import Sizes
 from lcattn.ops.visibility import Visibility
 from lcattn.typing import Array
 
 # Tokens a block. A TPU pays for every block that is listed; none was at hand to measure.
 _BLOCK = {"cpu": 128, "gpu": 128, "tpu": 512}
 
-# The shortest length at which HyperAttention was timed as a plan: benchmarks/h200.
-_PAYS_FROM = 16_384
-
 
 def default_block() -> int:
     """Tokens a block on the platform of a computation traced now."""
     return _BLOCK[dispatch.default_platform()]
-
-
-def pays(
-    *, sizes: Sizes, dtype: jnp.dtype, query_block: int | None = None,
-    key_block: int | None = None, **call,
-) -> bool:  # fmt: skip
-    """Whether to compile a mechanism to a plan unasked.
-
-    Where the kernels for Hopper GPUs run it: HyperAttention was then five times faster than its
-    loop in plain JAX (`benchmarks/h200/sparse_mechanisms.json`). Other mechanisms take the same
-    kernels, but have not been timed by themselves, and no other kernels have been measured.
-    """
-    del call
-    objection = kernel.objection_to_blocks(
-        sizes=sizes, dtype=dtype, query_block=query_block or min(default_block(), sizes.T),
-        key_block=key_block or min(default_block(), sizes.S),
-    )  # fmt: skip
-    return sizes.T >= _PAYS_FROM and objection is None and kernel.pays()
 
 
 def attend(

@@ -88,10 +88,9 @@ def core_context_attention(
       initial_state: continues a stream; from `core_context_attention_state`.
       return_state: also return the state after the last token. Needs `initial_state`, which says
         how long the stream may become. Past that, outputs are NaN under `jit`.
-      implementation: "block_sparse" (cores and tokens as one plan of blocks, in the best form of
-        `block_sparse_attention`; tokens' keys are copied for query heads that have cores of their
-        own; unasked for long rows where kernels for Hopper GPUs run it), "xla" (blocks),
-        "reference" (one softmax over T·(T/g + T) scores), or None.
+      implementation: "xla" (blocks), "block_sparse" (cores and tokens as one plan of blocks, in the
+        best form of `block_sparse_attention`; tokens' keys are copied for query heads that have
+        cores of their own), "reference" (one softmax over T·(T/g + T) scores), or None.
 
     Returns:
       `[B,T,N,H]`, or that and the final state.
@@ -109,7 +108,7 @@ def core_context_attention(
         raise argument_error("q", f"T={sizes.S} queries, as many as keys", sizes.T)
     if return_state and initial_state is None:
         raise argument_error("initial_state", "a state to continue with return_state", None)
-    run = dispatch.choose("core_context_attention", implementation, sizes=sizes, dtype=q.dtype)
+    run = dispatch.choose("core_context_attention", implementation)
 
     if initial_state is None:
         cores, seen = _groups_of(q, k, v, segment_ids, group_size, window, scale, share_cores)
@@ -204,8 +203,8 @@ def _all_seen(seen: Views) -> Visibility:
 dispatch.declare(
     "core_context_attention",
     {
-        "block_sparse": dispatch.Implementation(_block_sparse, pays=visible.pays),
         "xla": dispatch.Implementation(_merged),
+        "block_sparse": dispatch.Implementation(_block_sparse),
         "reference": dispatch.Implementation(_reference),
     },
 )

@@ -275,7 +275,7 @@ def _map_heads[Result](
 dispatch.declare(
     "hyper_attention",
     {
-        "block_sparse": dispatch.Implementation(_block_sparse, pays=visible.pays),
+        "block_sparse": dispatch.Implementation(_block_sparse, pays=block_sparse.pays),
         "xla": dispatch.Implementation(_in_chunks),
         "reference": dispatch.Implementation(_reference),
     },

@@ -1,6 +1,5 @@
 """The public op: arguments, checks, routes, and attention within them."""
 
-import dataclasses
 import functools
 from collections.abc import Callable
 
@@ -98,10 +97,8 @@ def routing_attention(
         lcattn.ops.rotary, positions=...)`.
       initial_state: continues a stream; from `routing_attention_state`. Needs `strict`.
       return_state: also return the state after the last token. Needs `strict`.
-      implementation: "block_sparse" (lists as plans of blocks, in the best form of
-        `block_sparse_attention`; unasked for long lists, as strict ones of long rows are, where
-        kernels for Hopper GPUs run it), "xla" (blocks), "reference" (all scores of a list at once),
-        or None.
+      implementation: "xla" (blocks), "block_sparse" (lists as plans of blocks, in the best form of
+        `block_sparse_attention`), "reference" (all scores of a list at once), or None.
 
     Returns:
       `[B,T,N,H]`, or that and the final state.
@@ -124,11 +121,7 @@ def routing_attention(
         raise argument_error("strict", "True with a state", strict)
     if is_streamed and segment_ids is not None:
         raise argument_error("segment_ids", "None with a state", "both")
-    length = sizes.T if strict else min(cluster_size, sizes.T)
-    attend = dispatch.choose(
-        "routing_attention", implementation,
-        sizes=dataclasses.replace(sizes, T=length, S=length), dtype=q.dtype,
-    )  # fmt: skip
+    attend = dispatch.choose("routing_attention", implementation)
     if strict and not is_streamed:
         # In a list of all tokens, cluster after cluster.
         attend = functools.partial(attend, window=cluster_size)
@@ -178,8 +171,8 @@ def _reference(q: Array, k: Array, v: Array, seen: Visibility, scale: float, **r
 dispatch.declare(
     "routing_attention",
     {
-        "block_sparse": dispatch.Implementation(_block_sparse, pays=visible.pays),
         "xla": dispatch.Implementation(_blocks),
+        "block_sparse": dispatch.Implementation(_block_sparse),
         "reference": dispatch.Implementation(_reference),
     },
 )

@@ -4,7 +4,6 @@ import jax.numpy as jnp
 
 from lcattn.errors import argument_error
 from lcattn.ops import checks, dispatch
-from lcattn.ops.block_sparse_attention import visible
 from lcattn.ops.softmax_attention import block_sparse, chunked, cudnn, dense
 from lcattn.ops.softmax_attention.alibi import Alibi
 from lcattn.ops.visibility import visibility
@@ -14,10 +13,8 @@ dispatch.declare(
     "softmax_attention",
     {
         "cudnn": dispatch.Implementation(cudnn.attend, cudnn.objection),
-        "block_sparse": dispatch.Implementation(
-            block_sparse.attend, block_sparse.objection, visible.pays
-        ),
         "xla": dispatch.Implementation(chunked.attend_xla),
+        "block_sparse": dispatch.Implementation(block_sparse.attend, block_sparse.objection),
         "reference": dispatch.Implementation(dense.reference),
     },
 )
@@ -70,10 +67,10 @@ def softmax_attention(
       key_position: position of the first key. Keys at negative positions do not exist.
       return_lse: also return the log of each softmax denominator, `[B,T,N]` float32, -inf where
         no key is seen. Gradients flow through it, so that partial results can be merged.
-      implementation: "cudnn" (GPU; whole sequences, and one token against a cache), "block_sparse"
-        (by a plan of blocks, in the best form of `block_sparse_attention`; unasked where kernels
-        for Hopper GPUs run it), "xla" (anywhere), "reference" (the definition, T·S memory), or None
-        for the first of them that serves the call.
+      implementation: "cudnn" (GPU; whole sequences, and one token against a cache), "xla"
+        (anywhere), "block_sparse" (by a plan of blocks, in the best form of
+        `block_sparse_attention`), "reference" (the definition, T·S memory), or None for the first
+        of them that serves the call.
 
     Returns:
       `[B,T,N,H]`, or that and the log-sum-exp.

@@ -18,7 +18,7 @@ dispatch.declare(
         "mosaic_tpu": dispatch.Implementation(
             tpu_kernel.attend, tpu_kernel.objection, tpu_kernel.pays
         ),
-        "step": dispatch.Implementation(step.attend, step.objection),
+        "step": dispatch.Implementation(step.attend, step.objection, step.pays),
         "xla": dispatch.Implementation(chunked.attend),
         "reference": dispatch.Implementation(dense.reference),
     },

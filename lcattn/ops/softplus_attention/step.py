@@ -2,13 +2,15 @@
 
 As matrix products of each head, XLA would move the whole cache first, `[B,S,K,H]` to `[B,K,S,H]`,
 and keys once more to divide them by their norms. So all heads are one product with all keys or
-values, of which each head's own block is wanted: FLOPs are free where bytes are the limit. Heads
-with keys of their own are a product and a sum instead, which fuse with the norms of keys.
+values, of which each head's own block is wanted: FLOPs are free where bytes are the limit. With
+keys of its own, a head's dots are a product and a sum instead, which fuse with the norms of keys.
 """
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
+from lcattn.ops import dispatch
 from lcattn.ops.checks import Sizes
 from lcattn.ops.softplus_attention.dense import probabilities
 from lcattn.ops.softplus_attention.rows import Reweighting, Rows, squared_norm, unit
@@ -47,6 +49,12 @@ def _mixed(p: Float[Array, "B N S"], v: Float[Array, "B S K H"]) -> Float[Array,
     (B, N, _), (K, H) = p.shape, v.shape[2:]
     out = jnp.einsum("bns,bsjh->bnjh", p.astype(v.dtype), v, preferred_element_type=p.dtype)
     return jnp.einsum("bkgkh->bkgh", out.reshape(B, K, N // K, K, H))
+
+
+def pays(**call) -> bool:
+    """Whether it is the better choice: on a GPU, and only where all heads lie on one device."""
+    del call
+    return dispatch.default_platform() == "gpu" and jax.device_count() == 1
 
 
 def objection(*, sizes: Sizes, **call) -> str | None:
