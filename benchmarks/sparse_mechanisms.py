@@ -275,10 +275,10 @@ def main() -> int:
         except Exception as error:  # the other cases still tell something
             failed.append(f"{name}: {type(error).__name__}: {error}"[:600])
             print(failed[-1], flush=True)
-            continue
-        rows.append(row)
-        print("\n".join(summary(case, row)), flush=True)
-        kernels.save(arguments.out, "sparse_mechanisms", rows=rows)
+        else:
+            rows.append(row)
+            print("\n".join(summary(case, row)), flush=True)
+        kernels.save(arguments.out, "sparse_mechanisms", rows=rows, failed=failed)
     return int(bool(failed) or not all(row["passed"] for row in rows))
 
 
