@@ -55,7 +55,8 @@ class Prepared(NamedTuple):
 def register(configurable: Callable[..., Any]) -> Callable[..., Any]:
     """Makes a config class known to gin under its own name, leaving the class as it is."""
     _PARAMETERS[configurable.__name__] = tuple(inspect.signature(configurable).parameters)
-    return gin.external_configurable(configurable, module=configurable.__module__)
+    with gin.unlock_config():  # an earlier run of the same process may have finalized it
+        return gin.external_configurable(configurable, module=configurable.__module__)
 
 
 def prepare(run: Callable[..., Any], files: Sequence[str], bindings: Sequence[str]) -> Prepared:

@@ -89,8 +89,8 @@ def test_routing_heads_stream_without_local_heads():
 def test_state_does_not_grow():
     mixer = _make()
     assert mixer.state_bytes(10) == mixer.state_bytes(10_000)
-    # Two heads of each kind: 3 clusters of 3 slots and their counts, a window of 2 and its length.
-    assert mixer.state_bytes(10) == 4 * (2 * 3 * (3 * 8 + 1) + 2 * 2 * 8 + 1)
+    # Two heads of each kind: 3 clusters of 3 slots and their counts, a window of 3 and its length.
+    assert mixer.state_bytes(10) == 4 * (2 * 3 * (3 * 8 + 1) + 2 * 3 * 8 + 1)
 
 
 @pytest.mark.parametrize(
