@@ -16,8 +16,9 @@ VOCAB, R = 40, 5
 
 
 @functools.cache
-def rows(copies=2):
-    return repeated_tokens(jax.random.key(0), 6, period=R, copies=copies, vocab_size=VOCAB)
+def rows():
+    with jax.ensure_compile_time_eval():  # The first to ask may be a function that is being traced.
+        return repeated_tokens(jax.random.key(0), 6, period=R, copies=2, vocab_size=VOCAB)
 
 
 def copier(tokens):
