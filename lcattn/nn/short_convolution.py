@@ -9,7 +9,7 @@ from flax import nnx
 
 from lcattn import ops
 from lcattn.nn.layers import convolution_taps, projection
-from lcattn.nn.mixer import Mixer, MixerConfig, check_stream
+from lcattn.nn.mixer import Mixer, MixerConfig, check_hidden, check_stream
 from lcattn.traits import Traits
 from lcattn.typing import Array, Float, Hidden, Positions, SegmentIds
 
@@ -97,6 +97,7 @@ class ShortConvolution(Mixer):
         return y, ConvolutionState(inputs.astype(state.inputs.dtype))
 
     def _mix(self, x: Array, **options) -> tuple[Array, Array]:
+        check_hidden(x, self.config.require_width())
         u, gate = jnp.split(self.input(x), 2, axis=-1)
         convolved, state = ops.short_convolution(
             u, self.taps[...], return_state=True,

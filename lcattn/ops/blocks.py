@@ -36,7 +36,8 @@ def pad(x: Array, multiple: int, axis: int, **options) -> Array:
 
 def group_queries(x: Array, num_kv_heads: int, block: int) -> Array:
     """`[B,T,N,H] -> [B,K,G,T,H]`, T padded to whole blocks."""
-    x = x.reshape(*x.shape[:2], num_kv_heads, -1, x.shape[-1])
+    B, T, N, H = x.shape
+    x = x.reshape(B, T, num_kv_heads, N // num_kv_heads, H)
     return pad(x.transpose(0, 2, 3, 1, 4), block, 3)
 
 
@@ -48,7 +49,8 @@ def group_keys(x: Array, block: int) -> Array:
 def ungroup(x: Array, length: int) -> Array:
     """`[B,K,G,T,...] -> [B,T,N,...]`, without the padding."""
     x = jnp.moveaxis(x[:, :, :, :length], 3, 1)
-    return x.reshape(*x.shape[:2], -1, *x.shape[4:])
+    B, T, K, G, *rest = x.shape
+    return x.reshape(B, T, K * G, *rest)
 
 
 def pad_visibility(seen: Visibility, t_block: int, s_block: int) -> Visibility:

@@ -164,7 +164,9 @@ def test_a_name_runs_or_says_why_not(qkv):
 def test_bad_arguments_are_named(no_type_hook, qkv):
     q, k, v = qkv
     bad = {
+        "q: expected an array \\[B,T,N,F\\], got list": ((q.tolist(), k, v), {}),
         "q: expected 4 axes": ((q[0], k, v), {}),
+        "segment_ids: expected an array": ((q, k, v), {"segment_ids": [[0] * T] * B}),
         "k: expected a floating-point dtype": ((q, k.astype(int), v), {}),
         "v: expected the dtype of q": ((q, k, v.astype(jnp.bfloat16)), {}),
         "k: expected no empty axis": ((q, k[:, :0], v[:, :0]), {}),
