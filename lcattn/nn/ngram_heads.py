@@ -139,7 +139,7 @@ class NGramHeads(TokenMixer):
 
     def _mix(self, x: Hidden, heads: Float[Array, "B T O D"]) -> Hidden:
         every = jnp.concatenate([x[:, :, None], heads.astype(x.dtype)], axis=2)
-        return self.out(every.reshape(*x.shape[:2], -1))
+        return self.out(every.reshape(*x.shape[:2], every.shape[2] * every.shape[3]))
 
 
 def _present(tokens: Tokens | None) -> Tokens:

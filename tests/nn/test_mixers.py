@@ -7,9 +7,13 @@ from flax import nnx
 
 from lcattn.nn import (
     GatedDeltaNetConfig,
+    HyperAttentionConfig,
     LinearAttentionConfig,
+    MemoryAsContextConfig,
+    RoutingAttentionConfig,
     ShortConvolutionConfig,
     SoftmaxAttentionConfig,
+    SoftplusAttentionConfig,
 )
 from lcattn.nn.mixer import default_positions
 
@@ -83,6 +87,21 @@ def test_calls_name_bad_arguments(no_type_hook, config):
     for ids in (jnp.zeros((2, 7), int), jnp.zeros(8, int)):
         with pytest.raises(ValueError, match=r"segment_ids: expected shape \[B,T\]"):
             mixer(jnp.zeros((2, 8, WIDTH)), ids)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        HyperAttentionConfig(num_heads=4, min_seq_len=8, block_size=4),
+        MemoryAsContextConfig(),
+        RoutingAttentionConfig(num_heads=4),
+        SoftplusAttentionConfig(num_heads=4, power=3.0),
+    ],
+)
+def test_a_batch_may_be_empty(config):
+    ids = jnp.zeros((0, 20), int)
+    out = jax.eval_shape(make(config), jnp.zeros((0, 20, WIDTH)), ids)
+    assert out.shape == (0, 20, WIDTH)
 
 
 def test_more_tokens_than_the_cache_has_slots():
