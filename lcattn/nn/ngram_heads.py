@@ -19,7 +19,7 @@ from lcattn.typing import Array, Float, Hidden, Int, Positions, SegmentIds, Toke
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NGramHeadsConfig(MixerConfig):
-    """Heads that attend to what followed the same last n tokens.
+    """N-gram heads (arXiv 2401.12973): the mean of what followed the same last n tokens.
 
     Attributes:
       orders: for each head its n, the number of tokens that have to match.

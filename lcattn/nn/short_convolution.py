@@ -25,7 +25,7 @@ class ConvolutionState:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ShortConvolutionConfig(MixerConfig):
-    """A depth-wise causal convolution with a multiplicative gate.
+    """BASED's BaseConv (arXiv 2402.18668): a short depth-wise convolution with a gate.
 
     Attributes:
       kernel_size: taps W.
