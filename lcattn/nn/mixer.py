@@ -147,7 +147,7 @@ def check_stream(x: Array, cached: Array) -> None:
 def default_positions(x: Hidden, segment_ids: SegmentIds | None) -> Positions:
     """Positions counted from 0 in each document."""
     if segment_ids is not None:
-        check_segment_ids(segment_ids, x.shape[:2])
+        check_segment_ids(segment_ids, (x.shape[0], x.shape[1]))
         return segment_positions(segment_ids)
     return stream_positions(x, 0)
 

@@ -41,10 +41,9 @@ def check_heads(q: Array, k: Array | None, v: Array, segment_ids: Array | None =
     Raises:
       ValueError: naming the first argument that does not fit, what was expected and what came.
     """
-    arrays = {"q": (q, "[B,T,N,F]"), "k": (k, "[B,S,K,F]"), "v": (v, "[B,S,K,H]")}
+    keys = {} if k is None else {"k": (k, "[B,S,K,F]")}
+    arrays = {"q": (q, "[B,T,N,F]"), **keys, "v": (v, "[B,S,K,H]")}
     for name, (array, axes) in arrays.items():
-        if array is None and name == "k":
-            continue
         check_array(name, array, axes)
         if array.ndim != 4:
             raise argument_error(name, f"4 axes {axes}", f"shape {array.shape}")
