@@ -20,15 +20,14 @@ _LENGTH = 32_768
 _PLAIN = "xla"
 
 
-def table(configs: Iterable[MixerConfig]) -> str:
-    """What the ops of mixers take beside plain XLA, in Markdown."""
+def table(configs: Iterable[MixerConfig], width: int) -> str:
+    """What the ops of mixers of a width take beside plain XLA, in Markdown."""
     rows, others = [], []
     for config in configs:
-        assert config.width is not None
         config = dataclasses.replace(config, dtype="bfloat16")
         mixer = nnx.eval_shape(functools.partial(_made, config))
         name = f"`nn.{type(config).__name__}`"
-        cells = [_cell(mixer, config.width, platform) for platform in _MACHINES.values()]
+        cells = [_cell(mixer, width, platform) for platform in _MACHINES.values()]
         if set(cells) == {_PLAIN}:
             others.append(name)
         else:

@@ -124,7 +124,7 @@ def mixer_configs() -> Iterator[MixerConfig]:
 
 def chosen() -> str:
     """What runs unasked on which machine."""
-    return choices.table(mixer_configs())
+    return choices.table(mixer_configs(), _WIDTH)
 
 
 def demo_results() -> str:
