@@ -184,20 +184,21 @@ def test_a_checkpoint_that_was_being_written_is_ignored_and_removed(tmp_path):
     assert [p.name for p in folder.iterdir()] == ["1"]
 
 
-def save_and_wait(checkpointer):
-    checkpointer.save(2, state_at(2), META)
+def save_and_wait(checkpointer, state):
+    checkpointer.save(2, state, META)
     checkpointer.wait()  # The error may come up in either.
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_full_disk_is_one_error_and_the_last_checkpoint_stays(tmp_path):
     save(tmp_path, 1)
+    state = state_at(2)  # Made now: what JAX compiles goes to files as well.
     checkpointer = Checkpointer(tmp_path, CONFIGS, keep=1)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))  # The system refuses larger files.
     try:
         with pytest.raises(CheckpointError) as error:
-            save_and_wait(checkpointer)
+            save_and_wait(checkpointer, state)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         checkpointer.close()
