@@ -153,6 +153,7 @@ DAMAGE = {
 
 # What TensorStore and Orbax leave behind in their own threads when a file is broken.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.usefixtures("leftovers")
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_a_damaged_checkpoint_is_passed_over_and_said_so(tmp_path, damage):
     save(tmp_path, 1, 2)
@@ -167,6 +168,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_said_so(tmp_path, damage):
     assert restore(tmp_path).step == 2
 
 
+@pytest.mark.usefixtures("leftovers")
 def test_where_none_is_whole_nothing_is_set_aside(tmp_path):
     save(tmp_path, 1, 2)
     for step in "12":
@@ -190,6 +192,7 @@ def save_and_wait(checkpointer, state):
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.usefixtures("leftovers")
 def test_a_full_disk_is_one_error_and_the_last_checkpoint_stays(tmp_path):
     save(tmp_path, 1)
     state = state_at(2)  # Made now: what JAX compiles goes to files as well.

@@ -112,6 +112,7 @@ def test_interrupted_at_a_given_step(tmp_path, step):
     assert outcome(tmp_path) == unbroken()
 
 
+@pytest.mark.usefixtures("leftovers")
 def test_damage_costs_time_but_changes_nothing(tmp_path):
     train(ToyTask(), MODEL, CONFIG, tmp_path)
     (tmp_path / "checkpoints" / "24" / "meta" / "metadata").unlink()
