@@ -8,20 +8,24 @@ else.
 """
 
 import contextlib
+import functools
 import importlib
 import importlib.util
 import inspect
 import io
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
+import jax
 from flax import nnx as flax_nnx
 
 import lcattn.nn
 import lcattn.ops
-from experiments import demo, records, registry
+from experiments import choices, demo, records, registry
 from experiments.records import RECORDS, ROOT
 from experiments.reporting import REPORT, Table, describe_environment, show_bytes
+from lcattn.nn import MixerConfig
 from lcattn.ops import dispatch
 
 README = ROOT / "README.md"
@@ -98,12 +102,13 @@ def mechanisms() -> str:
     """What the library holds, from the declarations of its mixers and ops."""
     yes = {True: "yes", False: "no"}
     rows = []
-    for config in registry.mixer_configs():
-        mixer = config(width=_WIDTH).make(flax_nnx.Rngs(0))
+
+    def add(config: MixerConfig) -> None:
+        mixer = config.make(flax_nnx.Rngs(0))
         traits = mixer.traits
         rows.append(
             (
-                f"`{config.__name__}`",
+                f"`{type(config).__name__}`",
                 (inspect.getdoc(config) or "").partition("\n")[0],
                 f"`{mixer.op}`",
                 yes[traits.causal], yes[traits.streaming], yes[traits.stochastic],
@@ -111,6 +116,9 @@ def mechanisms() -> str:
                 show_bytes(mixer.state_bytes(_LENGTH)),
             )
         )  # fmt: skip
+
+    for config in mixer_configs():
+        jax.eval_shape(functools.partial(add, config))  # draws no parameters
     header = (
         "`lcattn.nn`", "what it is", "`lcattn.ops`", "causal", "streams", "stochastic", "time",
         f"state at {_LENGTH:,} tokens",
@@ -125,7 +133,7 @@ def mechanisms() -> str:
 def implementations() -> str:
     """What each op can run, best first, and how far its kernels have been tried."""
     rows = [
-        (f"`{op}`", ", ".join(table), _evidence(op))
+        (f"`{op}`", ", ".join(table), kernel_evidence(op))
         for op, table in dispatch.OPS.items()
         if op in lcattn.ops.__all__
     ]
@@ -133,11 +141,37 @@ def implementations() -> str:
     return Table(title="Forms of each op", header=header, rows=sorted(rows)).markdown()
 
 
-def _evidence(op: str) -> str:
+def kernel_evidence(op: str) -> str:
+    """How far the op's kernel has been tried, if it has one."""
     if importlib.util.find_spec(f"pallas_kernels.{op}") is None:
         return "–"
     evidence = importlib.import_module(f"pallas_kernels.{op}").EVIDENCE
-    return "; ".join(f"`{backend}`: {', '.join(claims)}" for backend, claims in evidence.items())
+    return "; ".join(
+        f"`{backend}`: {', '.join(_dated(op, backend, claim) for claim in claims)}"
+        for backend, claims in evidence.items()
+    )
+
+
+def _dated(op: str, backend: str, claim: str) -> str:
+    """A claim, and whether it is of earlier code: the tests redo all but runs on a GPU."""
+    if claim != "run on an H200":
+        return claim
+    record = records.load(RECORDS / "h200" / f"{op}_kernel.json")
+    return (
+        claim
+        if records.is_of_present_code(record, op, backend)
+        else f"{claim} (an earlier version)"
+    )
+
+
+def mixer_configs() -> Iterator[MixerConfig]:
+    """The default config of every mixer that the library exports."""
+    return (config(width=_WIDTH) for config in registry.mixer_configs())
+
+
+def chosen() -> str:
+    """What runs unasked on which machine."""
+    return choices.table(mixer_configs(), _WIDTH)
 
 
 def demo_results() -> str:
@@ -164,12 +198,14 @@ def highlights() -> str:
 
 def kernels() -> str:
     """The first case of each record of our own kernels."""
-    rows, devices, notes = [], set(), []
+    rows, devices, notes, earlier = [], set(), [], []
     for path in sorted(RECORDS.glob("*/*_kernel.json")):
         record = records.load(path)
         devices.add(record["device"])
-        first, op = record["rows"][0], f"`{path.stem.removesuffix('_kernel')}`"
+        first, kernel = record["rows"][0], path.stem.removesuffix("_kernel")
+        op = f"`{kernel}`"
         notes += [f"{op}. {record['note']}"] if "note" in record else []
+        earlier += [] if records.is_of_present_code(record, kernel, "mosaic_gpu") else [op]
         for kind, ours in first["mosaic_gpu"].items():
             xla = first["xla"][kind]["kernel_ms"]
             rows.append(
@@ -181,6 +217,7 @@ def kernels() -> str:
             )  # fmt: skip
     header = ("op", "case (bfloat16)", "pass", "ms", "of the floor", "XLA's form, ms", "faster")
     table = Table(title=f"On one {', '.join(sorted(devices))}", header=header, rows=rows).markdown()
+    notes += [f"Measured of an earlier version: {', '.join(earlier)}."] if earlier else []
     return "\n\n".join([table, *notes])
 
 
@@ -202,6 +239,7 @@ PARTS = {
     "experiments": highlights,
     "mechanisms": mechanisms,
     "implementations": implementations,
+    "choices": chosen,
     "own model": own_model,
     "kernels": kernels,
 }
