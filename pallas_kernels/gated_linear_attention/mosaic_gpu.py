@@ -43,7 +43,8 @@ def gated_linear_attention(
       q: queries `[B,T,N,F]`, bfloat16; F is 64 or 128.
       k: keys `[B,T,M,F]`; M, the number of states, divides N.
       v: values `[B,T,M,H]`; H is F, or 128.
-      log_decay: `[B,T,M,F]` or `[B,T,M,1]`, <= 0, -inf included; float32 or bfloat16.
+      log_decay: `[B,T,M,F]` or `[B,T,M,1]`, <= 0, -inf included; in bfloat16, which is the fastest,
+        or any other dtype, of which float32 is kept.
       initial_state: `[B,M,F,H]`, float32; or None for zeros.
       scale: factor of the output.
       config: launch parameters; default: by shape.
@@ -63,6 +64,8 @@ def gated_linear_attention(
     # Padding comes last, adds nothing to the state, and does not decay it.
     widths = ((0, 0), (0, -T % (TILE * config.groups)), (0, 0), (0, 0))
     log_decay = jnp.broadcast_to(log_decay, k.shape)
+    if log_decay.dtype != jnp.bfloat16:
+        log_decay = log_decay.astype(jnp.float32)
     q, k, v, log_decay = (jnp.pad(x, widths) for x in (q, k, v, log_decay))
     out, final = _attend(Plan(scale, config, interpret), q, k, v, log_decay, initial_state)
     return out[:, :T], final
