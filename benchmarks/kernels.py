@@ -18,6 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental.mosaic.gpu import profiler
 
+from pallas_kernels import source
+
 MATRIX_RATE = 800e12  # bf16 FLOP/s and bytes/s measured on the device (benchmarks/h200)
 BANDWIDTH = 4.3e12
 # Of exp2 and log2: 16 a clock on each of 132 multiprocessors at 1.98 GHz.
@@ -161,12 +163,13 @@ def summary(row: dict) -> str:
 
 
 def save(path: Path | None, module: str, **fields: Any) -> None:
-    """Writes a record, with where it comes from, if there is a path."""
+    """Writes a record, with where it comes from and of which kernels, if there is a path."""
     if path is None:
         return
     record = {
         "device": jax.devices()[0].device_kind, "jax": jax.__version__,
-        "command": f"python -m benchmarks.{module} " + shlex.join(sys.argv[1:]), **fields,
+        "command": f"python -m benchmarks.{module} " + shlex.join(sys.argv[1:]),
+        "digests": source.digests("mosaic_gpu"), **fields,
     }  # fmt: skip
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(record, indent=1) + "\n")
