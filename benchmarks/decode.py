@@ -21,7 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from benchmarks.kernels import BANDWIDTH, compile_all, poison, save, times
+from benchmarks.compiling import compile_all
+from benchmarks.kernels import BANDWIDTH, poison, save, times
 from lcattn import ops
 from lcattn.ops.linear_attention.features import FeatureMap
 

@@ -20,7 +20,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from benchmarks.kernels import BANDWIDTH, compile_all, save
+from benchmarks.compiling import compile_all
+from benchmarks.kernels import BANDWIDTH, save
 from lcattn.models import LMConfig, generate
 from lcattn.nn import LinearAttentionConfig, ShortConvolutionConfig, SoftmaxAttentionConfig
 
