@@ -11,6 +11,9 @@ from typing import Any
 
 from jax.experimental import serialize_executable
 
+UNTUNED = {"xla_gpu_autotune_level": 0}
+"""Options of programs that are not timed. XLA tries out no products for them, which takes long."""
+
 
 def compile_all[Key](programs: Mapping[Key, Callable[[], Any]]) -> dict[Key, Any]:
     """Compiles in threads, as is best for programs that XLA makes."""
@@ -23,15 +26,15 @@ class Workers:
     """Compiles in processes, as is best for programs with kernels of ours; leaving waits for all.
 
     Lowering a kernel is seconds of Python, in which the threads of one process take turns. The
-    processes are forked by the first call of `compile`, which has to come before anything that
-    starts JAX.
+    processes are forked at once, which has to come before anything that starts JAX.
     """
 
     def __init__(self, processes: int = 6):
         os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # all share the device's memory
         context = multiprocessing.get_context("fork")
         self._processes = ProcessPoolExecutor(processes, mp_context=context)
-        self._threads = ThreadPoolExecutor()
+        self._processes.submit(int).result()  # with the first task, all are forked
+        self._threads = ThreadPoolExecutor(64)  # most of which only wait for a process
 
     def compile(self, build: Callable[..., Any], *arguments: Any, **options: Any) -> Future:
         """What a function of a module, `build(*arguments)`, compiles."""

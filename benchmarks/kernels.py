@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental.mosaic.gpu import profiler
 
-from benchmarks.compiling import Workers
+from benchmarks.compiling import UNTUNED, Workers
 from pallas_kernels import source
 
 MATRIX_RATE = 800e12  # bf16 FLOP/s and bytes/s measured on the device (benchmarks/h200)
@@ -90,8 +90,7 @@ def reference_program(case: Case) -> Any:
 
     arrays = jax.eval_shape(lambda: case.inputs(0))
     with jax.enable_x64(True):
-        # Its products need not be fast, and trying out which are takes the device for seconds.
-        return jax.jit(run).lower(*arrays).compile({"xla_gpu_autotune_level": 0})
+        return jax.jit(run).lower(*arrays).compile(UNTUNED)
 
 
 @dataclasses.dataclass(frozen=True)
