@@ -232,8 +232,14 @@ def main(module: str, description: str, cases: Sequence[Case], checks: Sequence[
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--out", type=Path, help="JSON file, written anew after every case")
     parser.add_argument("--seconds", type=float, default=math.inf, help="start no case after that")
+    parser.add_argument("--only", nargs="+", help="cases in whose names one of these stands")
     arguments = parser.parse_args()
     start = time.perf_counter()
+    if arguments.only is not None:
+        cases, checks = (
+            [case for case in these if any(part in case.name for part in arguments.only)]
+            for these in (cases, checks)
+        )
     compiled = compile_cases(cases, checks)
     print(f"compiled after {time.perf_counter() - start:.0f} s", flush=True)
     record: dict[str, list] = {"rows": [], "checks": [], "failed": []}
