@@ -8,6 +8,7 @@ else.
 """
 
 import contextlib
+import functools
 import importlib
 import importlib.util
 import inspect
@@ -16,10 +17,11 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import jax
 from flax import nnx as flax_nnx
 
 import lcattn.nn
-from experiments import demo, records
+from experiments import choices, demo, records
 from experiments.records import RECORDS, ROOT
 from experiments.reporting import REPORT, Table, describe_environment, show_bytes
 from lcattn.nn import MixerConfig
@@ -58,7 +60,8 @@ def mechanisms() -> str:
     """What the library holds, from the declarations of its mixers and ops."""
     yes = {True: "yes", False: "no"}
     rows = []
-    for config in mixer_configs():
+
+    def add(config: MixerConfig) -> None:
         mixer = config.make(flax_nnx.Rngs(0))
         traits = mixer.traits
         op = dispatch.OPS[mixer.op]
@@ -73,6 +76,9 @@ def mechanisms() -> str:
                 show_bytes(mixer.state_bytes(_LENGTH)),
             )
         )  # fmt: skip
+
+    for config in mixer_configs():
+        jax.eval_shape(functools.partial(add, config))  # draws no parameters
     header = (
         "mixer config", "op", "implementations", "kernel's evidence", "causal", "streams",
         "stochastic", "time", f"state at {_LENGTH:,} tokens",
@@ -114,6 +120,11 @@ def mixer_configs() -> Iterator[MixerConfig]:
         is_config = isinstance(cls, type) and issubclass(cls, MixerConfig)
         if is_config and not getattr(cls.make, "__isabstractmethod__", False):
             yield cls(width=_WIDTH)
+
+
+def chosen() -> str:
+    """What runs unasked on which machine."""
+    return choices.table(mixer_configs(), _WIDTH)
 
 
 def demo_results() -> str:
@@ -180,6 +191,7 @@ PARTS = {
     "demo": demo_results,
     "experiments": highlights,
     "mechanisms": mechanisms,
+    "choices": chosen,
     "kernels": kernels,
 }
 
