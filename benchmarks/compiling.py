@@ -49,9 +49,9 @@ class Workers:
 
         return self.run(load)
 
-    def run(self, function: Callable[..., Any], *arguments: Any) -> Future:
+    def run(self, function: Callable[..., Any], *arguments: Any, **options: Any) -> Future:
         """Calls a function in a thread."""
-        return self._threads.submit(function, *arguments)
+        return self._threads.submit(function, *arguments, **options)
 
     def __enter__(self) -> "Workers":
         return self
