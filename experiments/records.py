@@ -130,12 +130,22 @@ def kernels() -> str:
             "least FLOPs, bytes and (softplus) exp2 and log2 over their rates. Errors are "
             "relative to float64: the largest of the output and all gradients."
             + (f" {record['note']}" if "note" in record else "")
+            + _checked(record)
             + _age(record, path.stem.removesuffix("_kernel"))
         )
     parts += [
         _growth(load(path)) for path in sorted(RECORDS.glob("*/linear_attention_growth.json"))
     ]
     return "\n\n".join([*parts, _mechanisms(), _compiled_for_tpus()])
+
+
+def _checked(record: Mapping[str, Any]) -> str:
+    """What was compared with float64 and not timed."""
+    errors = {row["case"]: max(row["errors"].values()) for row in record.get("checks", [])}
+    if not errors:
+        return ""
+    checked = "; ".join(f"{case}: {error:.1e}" for case, error in errors.items())
+    return f" Compared, but not timed: {checked}."
 
 
 def _mechanisms() -> str:
@@ -177,7 +187,7 @@ def _growth(record: Mapping[str, Any]) -> str:
         "features", "tokens", "forward, ms", "growth over linear", "forward + backward, ms",
         "growth over linear",
     )  # fmt: skip
-    title = f"Kernels of `linear_attention` as a row doubles, on one {record['device']}"
+    title = f"Kernels of linear attention as a row doubles, on one {record['device']}"
     table = Table(title=title, header=header, rows=rows).markdown()
     return f"{table}\n\n`{record['command']}`, jax {record['jax']}. One row of 16 heads." + (
         _age(record, "linear_attention")
