@@ -218,20 +218,15 @@ def _tpu_objection(*, sizes: checks.Sizes, states: int, dtype: jnp.dtype, **call
     return mosaic_tpu.objection(dtype=dtype, groups=sizes.N // states, F=sizes.F, H=sizes.H)
 
 
-def _only_when_asked(**call) -> bool:
-    """Kernels that run by name alone.
-
-    No TPU was at hand to try them, and those for GPUs have changed since one ran them.
-    """
-    del call
-    return False
-
-
 dispatch.declare(
     "gated_linear_attention",
     {
-        "mosaic_gpu": dispatch.Implementation(_kernels, _kernels_objection, _only_when_asked),
-        "mosaic_tpu": dispatch.Implementation(_tpu_kernels, _tpu_objection, _only_when_asked),
+        "mosaic_gpu": dispatch.Implementation(
+            _kernels, _kernels_objection, dispatch.only_when_named
+        ),
+        "mosaic_tpu": dispatch.Implementation(
+            _tpu_kernels, _tpu_objection, dispatch.only_when_named
+        ),
         "xla": dispatch.Implementation(_chunked),
         "reference": dispatch.Implementation(_token_by_token),
     },

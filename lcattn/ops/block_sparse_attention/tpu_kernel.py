@@ -109,8 +109,9 @@ def objection(*, sizes: Sizes, dtype: jnp.dtype, plan: BlockPlan) -> str | None:
 def pays(**call) -> bool:
     """Whether the kernels are the better choice where they can serve.
 
-    Compilers cannot partition them: over several devices they belong inside `shard_map`, and only
-    who writes that can tell.
+    No TPU was at hand to tell, but who asks for blocks by name has asked for them. Compilers cannot
+    partition them: over several devices they belong inside `shard_map`, and only who writes that
+    can tell.
     """
     del call
     return jax.device_count() == 1

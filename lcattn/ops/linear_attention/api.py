@@ -33,7 +33,7 @@ dispatch.declare(
     {
         "mosaic_gpu": dispatch.Implementation(kernel.attend, kernel.objection, kernel.pays),
         "mosaic_tpu": dispatch.Implementation(
-            tpu_kernel.attend, tpu_kernel.objection, tpu_kernel.pays
+            tpu_kernel.attend, tpu_kernel.objection, dispatch.only_when_named
         ),
         "step": dispatch.Implementation(step.attend, step.objection),
         "xla": dispatch.Implementation(_by_sums(chunked.attend)),
@@ -95,7 +95,8 @@ def linear_attention(
       implementation: "mosaic_gpu" and "mosaic_tpu" (kernels for Hopper GPUs and for TPUs; their
         gradient cannot be differentiated again, and over several devices they belong inside
         `jax.shard_map(..., check_vma=False)`), "step" (one token: T = 1), "xla" (chunks),
-        "reference" (token by token), or None for the best that serves.
+        "reference" (token by token), or None for the best that serves and was timed: those for
+        TPUs run only when named.
 
     Returns:
       `[B,T,N,H]`, or that and the final `LinearAttentionState`.

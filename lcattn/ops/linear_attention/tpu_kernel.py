@@ -1,6 +1,5 @@
 """The kernels for TPUs, behind the op's contract."""
 
-import jax
 import jax.numpy as jnp
 
 from lcattn.ops import dispatch
@@ -9,9 +8,6 @@ from lcattn.ops.linear_attention.features import FeatureMap, Similarity
 from lcattn.ops.linear_attention.kernel import attend_by
 from lcattn.ops.linear_attention.state import LinearAttentionState
 from lcattn.typing import Array
-
-# Not measured: no TPU was at hand. Below, XLA takes one dense chunk.
-_PAYS_FROM = 2048
 
 
 def attend(
@@ -62,13 +58,3 @@ def objection(
     # elu + 1 is applied outside; what is left is the identity.
     kind = "taylor" if feature_map == "taylor" else "identity"
     return mosaic_tpu.objection(feature_map=kind, dtype=dtype, F=sizes.F, H=sizes.H)
-
-
-def pays(*, sizes: Sizes, chunk_size: int | None, **call) -> bool:
-    """Whether the kernels are the better choice where they can serve.
-
-    They walk chunks of their own size, and compilers cannot partition them: over several devices
-    they belong inside `shard_map`, and only who writes that can tell.
-    """
-    del call
-    return sizes.T >= _PAYS_FROM and chunk_size is None and jax.device_count() == 1

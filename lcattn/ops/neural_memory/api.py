@@ -24,7 +24,7 @@ dispatch.declare(
     {
         "mosaic_gpu": dispatch.Implementation(kernel.attend, kernel.objection, kernel.pays),
         "mosaic_tpu": dispatch.Implementation(
-            tpu_kernel.attend, tpu_kernel.objection, tpu_kernel.pays
+            tpu_kernel.attend, tpu_kernel.objection, dispatch.only_when_named
         ),
         "xla": dispatch.Implementation(chunked.attend),
         "reference": dispatch.Implementation(reference.attend),

@@ -112,9 +112,3 @@ def objection(
         dtype=dtype, groups=sizes.N // weights[0].shape[0], chunk=min(chunk, sizes.T),
         sizes=(sizes.F, *(x.shape[-1] for x in weights)),
     )  # fmt: skip
-
-
-def pays(**call) -> bool:
-    """Never unasked: no TPU was at hand to try them."""
-    del call
-    return False

@@ -16,7 +16,7 @@ dispatch.declare(
     {
         "mosaic_gpu": dispatch.Implementation(kernel.attend, kernel.objection, kernel.pays),
         "mosaic_tpu": dispatch.Implementation(
-            tpu_kernel.attend, tpu_kernel.objection, tpu_kernel.pays
+            tpu_kernel.attend, tpu_kernel.objection, dispatch.only_when_named
         ),
         "step": dispatch.Implementation(step.attend, step.objection, step.pays),
         "xla": dispatch.Implementation(chunked.attend),
@@ -87,9 +87,9 @@ def softplus_attention(
         queries are the last T tokens. May be traced, to fill a cache of fixed size.
       implementation: "mosaic_gpu" (Hopper GPUs; causal, bfloat16, F = H = 64 or 128, whole powers),
         "mosaic_tpu" (TPUs; causal, bfloat16 or float32, whole powers), "step" (one query), "xla"
-        (blocks), "reference" (the definition, T·S memory), or None: the kernels where they serve
-        and win. Over several devices the kernels belong inside
-        `jax.shard_map(..., check_vma=False)`.
+        (blocks), "reference" (the definition, T·S memory), or None: the kernels for GPUs where
+        they serve and win; those for TPUs run only when named. Over several
+        devices the kernels belong inside `jax.shard_map(..., check_vma=False)`.
 
     Returns:
       `[B,T,N,H]`.

@@ -1,6 +1,5 @@
 """The kernels for TPUs, behind the op's contract."""
 
-import jax
 import jax.numpy as jnp
 
 from lcattn.ops import dispatch
@@ -9,9 +8,6 @@ from lcattn.ops.softplus_attention.kernel import attend_by
 from lcattn.ops.softplus_attention.rows import Reweighting, Rows
 from lcattn.ops.visibility import Visibility
 from lcattn.typing import Array
-
-# Not measured: no TPU was at hand.
-_PAYS_FROM = 1024
 
 
 def attend(
@@ -52,9 +48,3 @@ def objection(
     from pallas_kernels.softplus_attention import mosaic_tpu
 
     return mosaic_tpu.objection(dtype=dtype, F=sizes.F, H=sizes.H, power=power)
-
-
-def pays(*, sizes: Sizes, **call) -> bool:
-    """Whether the kernels are the better choice where they can serve; see `kernel.pays`."""
-    del call
-    return sizes.T >= _PAYS_FROM and jax.device_count() == 1
