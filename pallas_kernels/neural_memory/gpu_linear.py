@@ -16,13 +16,26 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.neural_memory.gpu_plan import Plan, anew, load, shared
+from pallas_kernels.neural_memory.gpu_plan import (
+    Course,
+    Plan,
+    anew,
+    follow,
+    load,
+    load_float32,
+    shared,
+)
 from pallas_kernels.neural_memory.gpu_walk import Layer, Shares, send, write
-from pallas_kernels.tiles import TILE, WGMMA, over_columns, zeros
+from pallas_kernels.tiles import TILE, over_columns
 
 
 def linear_walk(
-    plan: Plan, k: jax.Array, v: jax.Array, shares: jax.Array, start: jax.Array
+    plan: Plan,
+    k: jax.Array,
+    v: jax.Array,
+    shares: jax.Array,
+    starts: tuple[jax.Array, ...],
+    course: Course | None,
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
     """W, S and E of all chunks, `[B,M,n,64+64+64,64]`, and the final W and S, `[B,M,64,64]`.
 
@@ -31,9 +44,10 @@ def linear_walk(
     B, T, M, _ = k.shape
     products = plan.products
 
-    def neural_memory_linear_walk(k, v, shares, start, kept, ends, *, layer, error):
+    def neural_memory_linear_walk(k, v, shares, starts, course, kept, ends, *, layer, error):
         batch, memory = (lax.axis_index(axis) for axis in ("batch", "memory"))
         here = batch, memory
+        length, renew = follow(course, batch, T // TILE)
 
         def put(target, numbers):
             target[...] = numbers.astype(target.dtype)
@@ -56,29 +70,30 @@ def linear_walk(
                     for part, tile in enumerate((tiles.weights, tiles.momentum, e))
                 )
             )
-            state = write(products, share.decay(*state), keys, tiles)
+            state = renew(i, 0, here, write(products, share.decay(*state), keys, tiles))
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             put(tiles.weights, state[0])
             plgpu.commit_smem()
             return state
 
-        weights = plgpu.load(start.at[here], layout=WGMMA, optimized=False)
-        put(anew(layer, batch).weights, weights)
+        state = tuple(load_float32(x.at[here]) for x in starts)
+        put(anew(layer, batch).weights, state[0])
         plgpu.commit_smem()
         tokens = plgpu.BlockSpec((None, TILE, None, TILE), lambda i: (batch, i, memory, 0))
         gates = plgpu.BlockSpec((None, None, None, 5, TILE), lambda i: (*here, i, 0, 0))
         state = plgpu.emit_pipeline(
-            step, grid=(T // TILE,), max_concurrent_steps=2, in_specs=[tokens, tokens, gates],
-            init_carry=(weights, zeros(TILE)),
+            step, grid=(length,), max_concurrent_steps=2, in_specs=[tokens, tokens, gates],
+            init_carry=state,
         )(k, v, shares)  # fmt: skip
         for target, numbers in zip(ends, state, strict=True):
             target[here] = numbers
         plgpu.wait_smem_to_gmem(0)
 
     kept = jax.ShapeDtypeStruct((B, M, T // TILE, 3 * TILE, TILE), jnp.bfloat16)
-    end = jax.ShapeDtypeStruct(start.shape, jnp.float32)
+    end = jax.ShapeDtypeStruct(starts[0].shape, jnp.float32)
     return plan.launch(
-        neural_memory_linear_walk, k, v, shares, start, grid={"batch": B, "memory": M},
+        neural_memory_linear_walk, k, v, shares, tuple(starts), course,
+        grid={"batch": B, "memory": M},
         out_type=(kept, (end, end)),
         scratch={"layer": Layer(*(shared() for _ in Layer._fields)), "error": shared()},
     )  # fmt: skip
@@ -90,6 +105,7 @@ def linear_pull(
     shares: jax.Array,
     d_kept: jax.Array,
     d_ends: tuple[jax.Array, ...],
+    course: Course | None,
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
     """A, B and Z' of all chunks, `[B,M,n,64+64+64,64]`; gradients of the first W and S.
 
@@ -98,14 +114,16 @@ def linear_pull(
       k, shares: as for `linear_walk`.
       d_kept: gradient of what it kept, from reading it.
       d_ends: gradients of the final W and S, in float32.
+      course: as for `linear_walk`.
     """
     B, T, M, _ = k.shape
     chunks = T // TILE
     products = plan.products
 
-    def neural_memory_linear_pull(k, shares, d_kept, d_ends, out, d_starts, *, tiles):
+    def neural_memory_linear_pull(k, shares, d_kept, d_ends, course, out, d_starts, *, tiles):
         batch, memory = (lax.axis_index(axis) for axis in ("batch", "memory"))
         here = batch, memory
+        length, _ = follow(course, batch, chunks)
 
         def put(targets, numbers):
             for target, x in zip(targets, numbers, strict=True):
@@ -113,7 +131,7 @@ def linear_pull(
             plgpu.commit_smem()
 
         def step(index, keys, gates, d_kept, state):
-            at = *here, chunks - 1 - index[0]
+            at = *here, length - 1 - index[0]
             a, b, z = anew(tiles, index[0])
             share = Shares.read(gates)
             d_weights, d_momentum, d_error = (
@@ -135,14 +153,14 @@ def linear_pull(
             put((a, b), (d_weights, d_momentum))
             return d_weights, d_momentum
 
-        state = tuple(plgpu.load(x.at[here], layout=WGMMA, optimized=False) for x in d_ends)
+        state = tuple(load_float32(x.at[here]) for x in d_ends)
         put(anew(tiles, batch)[:2], state)
 
         def chunk(i):
-            return chunks - 1 - i
+            return length - 1 - i
 
         state = plgpu.emit_pipeline(
-            step, grid=(chunks,), max_concurrent_steps=2, init_carry=state,
+            step, grid=(length,), max_concurrent_steps=2, init_carry=state,
             in_specs=[
                 plgpu.BlockSpec((None, TILE, None, TILE), lambda i: (batch, chunk(i), memory, 0)),
                 plgpu.BlockSpec((None, None, None, 5, TILE), lambda i: (*here, chunk(i), 0, 0)),
@@ -157,7 +175,7 @@ def linear_pull(
 
     d_start = jax.ShapeDtypeStruct(d_ends[0].shape, jnp.float32)
     return plan.launch(
-        neural_memory_linear_pull, k, shares, d_kept, tuple(d_ends),
+        neural_memory_linear_pull, k, shares, d_kept, tuple(d_ends), course,
         grid={"batch": B, "memory": M},
         out_type=(jax.ShapeDtypeStruct(d_kept.shape, d_kept.dtype), (d_start, d_start)),
         scratch={"tiles": (shared(),) * 3},

@@ -1,17 +1,19 @@
 """What the kernels for Hopper share: options, launching, and sums over a cluster."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.neural_memory.gpu_activations import ACTIVATIONS, Derivatives
 from pallas_kernels.products import Products
-from pallas_kernels.tiles import TILE, WGMMA
+from pallas_kernels.tiles import TILE, WGMMA, zeros
 
 SLICE = "slice"
 """The axis of a cluster: 64 hidden units a CTA."""
@@ -46,7 +48,7 @@ class Plan:
 
     def launch(
         self, body, *arrays, grid: dict[str, int], out_type, scratch: dict[str, Any],
-        slices: int | None = None,
+        slices: int | None = None, course: "Course | None" = None,
     ):  # fmt: skip
         """Runs a kernel.
 
@@ -57,7 +59,10 @@ class Plan:
           out_type: shapes of its outputs.
           scratch: its scratch, by argument.
           slices: CTAs of a cluster of a walk, which have a warpgroup a layer. None: no walk.
+          course: of a kernel of chunks by themselves, which leaves out those that no row walks.
         """
+        if course is not None:
+            body, arrays = _where_walked(body), (course.counts, *arrays)
         walk: dict[str, Any] = {}
         if slices is not None:
             walk = {
@@ -70,6 +75,60 @@ class Plan:
             compiler_params=plgpu.CompilerParams(approx_math=True),
             interpret=plgpu.InterpretGPUParams() if self.interpret else None,
         )(*arrays)  # fmt: skip
+
+
+def _where_walked(body):
+    @functools.wraps(body)
+    def run(counts, *refs, **scratch):
+        batch, chunk = (lax.axis_index(axis) for axis in ("batch", "chunk"))
+        pl.when(chunk < counts[batch])(lambda: body(*refs, **scratch))
+
+    return run
+
+
+class Course(NamedTuple):
+    """Where rows differ in what they walk; arrays, or refs inside a kernel.
+
+    Attributes:
+      counts: chunks of a row `[B]`, at least 1; what is said of later ones is of no use.
+      renews: whether a document begins right after a chunk `[B,n]`. Shares of such a chunk are 0.
+      fresh: of each layer the network of a new document, `[B,M,in,out]`.
+    """
+
+    counts: Any
+    renews: Any
+    fresh: Any
+
+
+def follow(course: Course | None, batch, chunks: int) -> tuple[Any, Callable]:
+    """How many chunks a row walks, and what makes the state before a chunk of that after the last.
+
+    Args:
+      course: refs, or None where all rows walk all chunks, of one document.
+      batch: the row.
+      chunks: of arrays.
+    """
+    if course is None:
+        return chunks, lambda chunk, layer, place, state: state
+
+    def renew(chunk, layer, place, state):
+        """`place` is where the layer's tile lies in a network."""
+
+        def begin():
+            return load_float32(course.fresh[layer].at[place]), zeros(TILE)
+
+        return lax.cond(course.renews[batch, chunk] > 0, begin, lambda: state)
+
+    return course.counts[batch], renew
+
+
+def pull_course(course: Course | None, d_after: tuple[jax.Array, ...]) -> Course | None:
+    """Gradients of fresh networks, from those of each layer's after every chunk, `[B,M,n,...]`."""
+    if course is None:
+        return None
+    renews = course.renews[:, None, :, None, None] > 0
+    d_fresh = tuple(jnp.where(renews, x, 0).sum(axis=2, dtype=jnp.float32) for x in d_after)
+    return Course(None, None, d_fresh)
 
 
 def by_halves(function: Callable[[jax.Array], Derivatives], x: jax.Array) -> Derivatives:
@@ -103,6 +162,11 @@ def anew(tiles, index):
     """
     zero = lax.optimization_barrier(index - index)
     return jax.tree.map(lambda tile: tile.at[zero], tiles)
+
+
+def load_float32(tile) -> jax.Array:
+    """A float32 tile of global memory."""
+    return plgpu.load(tile, layout=WGMMA, optimized=False)
 
 
 def load(tile) -> jax.Array:

@@ -28,15 +28,18 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.neural_memory.gpu_plan import (
     LAYER,
     SLICE,
+    Course,
     Exchange,
     Plan,
     anew,
     by_halves,
+    follow,
     load,
+    load_float32,
     shared,
 )
 from pallas_kernels.neural_memory.gpu_walk import Memories, Shares, send, send_first
-from pallas_kernels.tiles import TILE, WGMMA, over_columns
+from pallas_kernels.tiles import TILE, over_columns
 
 
 class Pulled(NamedTuple):
@@ -62,6 +65,7 @@ def pull(
     memories: Memories,
     d_memories: Memories,
     d_ends: tuple[jax.Array, ...],
+    course: Course | None,
 ) -> tuple[Pulled, tuple[jax.Array, ...]]:
     """Gradients through the walk.
 
@@ -72,6 +76,7 @@ def pull(
       memories: what it gave.
       d_memories: gradients of that, from reading it.
       d_ends: gradients of the final W_1, S_1, W_2 and S_2, in float32.
+      course: as for `walk`. Shares of 0 cut what a document begins with off from what was before.
 
     Returns:
       Gradients of each chunk; those of the first W_1, S_1, W_2 and S_2, in float32.
@@ -82,13 +87,14 @@ def pull(
     products = plan.products
 
     def neural_memory_pull(
-        k, shares, memories, d_memories, d_ends, out, d_starts, through,
+        k, shares, memories, d_memories, d_ends, course, out, d_starts, through,
         *, tiles, pairs, gates, arrivals, ready, mailbox,
     ):  # fmt: skip
         batch, memory, own = (lax.axis_index(axis) for axis in ("batch", "memory", SLICE))
         here = batch, memory
         units = pl.ds(own * TILE, TILE)
         memories, d_memories, out = Memories(*memories), Memories(*d_memories), Pulled(*out)
+        length, _ = follow(course, batch, chunks)
 
         def rows(part):
             return pl.ds(part * TILE, TILE)
@@ -120,10 +126,10 @@ def pull(
             """Walks the chunks in reverse with the gradient of one layer's state."""
             ends, starts = (x[2 * layer : 2 * layer + 2] for x in (d_ends, d_starts))
             begin()
-            state = tuple(plgpu.load(x.at[place], layout=WGMMA, optimized=False) for x in ends)
+            state = tuple(load_float32(x.at[place]) for x in ends)
             put(states, state)
             begun()
-            state = lax.fori_loop(0, chunks, step, state)
+            state = lax.fori_loop(0, length, step, state)
             for target, numbers in zip(starts, state, strict=True):
                 target[place] = numbers
             if not layer:
@@ -148,17 +154,17 @@ def pull(
                 )
 
             def begin():
-                prefetch_keys(chunks - 1, 0)
-                prefetch(chunks - 1, anew(tiles, own))
+                prefetch_keys(length - 1, 0)
+                prefetch(length - 1, anew(tiles, own))
 
             def step(i, state):
-                c, slot, tile = chunks - 1 - i, lax.rem(i, 2), anew(tiles, i)
+                c, slot, tile = length - 1 - i, lax.rem(i, 2), anew(tiles, i)
                 keys, w2, e2 = (x.at[slot] for x in (pairs.keys, pairs.w2, pairs.e2))
                 send((tile.a1, of_first(out, c, 0)), (tile.b1, of_first(out, c, 1)))
                 plgpu.wait_smem_to_gmem(1, wait_read_only=True)  # gradients of Z_1 have left
                 fetch(arrivals.hidden, (of_hidden(d_memories, c), tile.hidden))
                 plgpu.barrier_wait(arrivals.keys.at[slot])
-                pl.when(i + 1 < chunks)(lambda: prefetch_keys(c - 1, 1 - slot))
+                pl.when(i + 1 < length)(lambda: prefetch_keys(c - 1, 1 - slot))
                 share = Shares.read(gates[0].at[slot])
                 plgpu.barrier_wait(arrivals.first)
                 d_error = load(tile.d_e1) - weigh(
@@ -170,7 +176,7 @@ def pull(
                 plgpu.barrier_arrive(ready.pulled)
                 bend = lax.optimization_barrier((load(tile.bend) * d_error).astype(jnp.bfloat16))
                 d_weights, d_momentum = share.pull(state, load(tile.d_w1), load(tile.d_s1))
-                pl.when(i + 1 < chunks)(lambda: prefetch(c - 1, tile))
+                pl.when(i + 1 < length)(lambda: prefetch(c - 1, tile))
                 plgpu.barrier_wait(arrivals.hidden)
                 a2, b2 = (x.transpose((1, 0)) for x in (tile.a2, tile.b2))
                 d_inputs = load(tile.hidden) - weigh(share, *products.products((e2, a2), (e2, b2)))
@@ -225,22 +231,22 @@ def pull(
 
             def begin():
                 tile = anew(tiles, own)
-                prefetch_pairs(chunks - 1, 0)
-                prefetch(chunks - 1, tile)
-                prefetch_w1(chunks - 1, tile)
+                prefetch_pairs(length - 1, 0)
+                prefetch(length - 1, tile)
+                prefetch_w1(length - 1, tile)
 
             def step(i, state):
-                c, slot, tile = chunks - 1 - i, lax.rem(i, 2), anew(tiles, i)
+                c, slot, tile = length - 1 - i, lax.rem(i, 2), anew(tiles, i)
                 x2, w2, e2 = (x.at[slot] for x in (pairs.x2, pairs.w2, pairs.e2))
                 send((tile.a2, of_second(out, c, own)), (tile.b2, of_second(out, c, slices + own)))
                 plgpu.wait_smem_to_gmem(1, wait_read_only=True)  # gradients of Z_2 have left
                 fetch(arrivals.outputs, (of_second(d_memories, c, 2 * slices), tile.outputs))
-                pl.when(i + 1 < chunks)(lambda: prefetch_pairs(c - 1, 1 - slot))
+                pl.when(i + 1 < length)(lambda: prefetch_pairs(c - 1, 1 - slot))
                 share = Shares.read(gates[1].at[slot])
                 part = -weigh(share, *products.products((x2, tile.a2), (x2, tile.b2)))
                 plgpu.barrier_wait(arrivals.second)
                 d_weights, d_momentum = share.pull(state, load(tile.d_w2), load(tile.d_s2))
-                pl.when(i + 1 < chunks)(lambda: prefetch(c - 1, tile))
+                pl.when(i + 1 < length)(lambda: prefetch(c - 1, tile))
                 plgpu.barrier_wait(ready.pulled)
                 part = products.accumulate(part, tile.pulled, w2)
                 d_error = exchange.sum(
@@ -256,12 +262,12 @@ def pull(
                 plgpu.wait_smem_to_gmem(1, wait_read_only=True)  # the states have left
                 put((tile.a2, tile.b2), (d_weights, d_momentum))
                 plgpu.barrier_arrive(ready.stepped)
-                pl.when(i + 1 < chunks)(lambda: find_slopes(c - 1, 1 - slot, tile))
+                pl.when(i + 1 < length)(lambda: find_slopes(c - 1, 1 - slot, tile))
                 return d_weights, d_momentum
 
             def begun():
                 plgpu.barrier_arrive(ready.stepped)
-                find_slopes(chunks - 1, 0, anew(tiles, own))
+                find_slopes(length - 1, 0, anew(tiles, own))
 
             tile = anew(tiles, own)
             sweep(1, (*here, units), (tile.a2, tile.b2), begin, begun, step)
@@ -271,7 +277,7 @@ def pull(
     d_starts = tuple(jax.ShapeDtypeStruct(x.shape, jnp.float32) for x in d_ends)
     pair = plgpu.SMEM((2, TILE, TILE), jnp.bfloat16)
     pulled, d_starts, _ = plan.launch(
-        neural_memory_pull, k, shares, tuple(memories), tuple(d_memories), tuple(d_ends),
+        neural_memory_pull, k, shares, tuple(memories), tuple(d_memories), tuple(d_ends), course,
         grid={"batch": B, "memory": M}, slices=slices,
         out_type=(out, d_starts, exchange.through(B, M)),
         scratch={

@@ -21,14 +21,20 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.neural_memory.gpu_plan import Plan, anew, by_halves, load, shared
+from pallas_kernels.neural_memory.gpu_plan import Course, Plan, anew, by_halves, load, shared
 from pallas_kernels.neural_memory.gpu_read import Views
 from pallas_kernels.neural_memory.gpu_walk import Memories, send
 from pallas_kernels.tiles import ALONG_ROWS, TILE, WGMMA, over_columns, zeros
 
 
 def read_pull(
-    plan: Plan, q: jax.Array, k: jax.Array, memories: Memories, views: Views, d_out: jax.Array
+    plan: Plan,
+    q: jax.Array,
+    k: jax.Array,
+    memories: Memories,
+    views: Views,
+    course: Course | None,
+    d_out: jax.Array,
 ) -> tuple[jax.Array, jax.Array, Memories, Views]:
     """Gradients of q, k, memories and views, each of every query head.
 
@@ -177,7 +183,7 @@ def read_pull(
     tokens = jax.ShapeDtypeStruct(q.shape, q.dtype)
     d_q, d_k, d_memories, d_views = plan.launch(
         neural_memory_read_pull, q, k, tuple(memories), tuple(views), d_out,
-        grid={"batch": B, "chunk": chunks, "head": N},
+        grid={"batch": B, "chunk": chunks, "head": N}, course=course,
         out_type=(
             tokens, tokens, tuple(map(of_heads, memories)), tuple(map(of_heads, views)),
         ),

@@ -29,8 +29,19 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.neural_memory.gpu_plan import LAYER, SLICE, Exchange, Plan, anew, load, shared
-from pallas_kernels.tiles import ALONG_ROWS, TILE, WGMMA, over_columns, zeros
+from pallas_kernels.neural_memory.gpu_plan import (
+    LAYER,
+    SLICE,
+    Course,
+    Exchange,
+    Plan,
+    anew,
+    follow,
+    load,
+    load_float32,
+    shared,
+)
+from pallas_kernels.tiles import ALONG_ROWS, TILE, over_columns
 
 
 class Memories(NamedTuple):
@@ -48,7 +59,12 @@ class Memories(NamedTuple):
 
 
 def walk(
-    plan: Plan, k: jax.Array, v: jax.Array, shares: jax.Array, start: tuple[jax.Array, ...]
+    plan: Plan,
+    k: jax.Array,
+    v: jax.Array,
+    shares: jax.Array,
+    starts: tuple[jax.Array, ...],
+    course: Course | None,
 ) -> tuple[Memories, tuple[jax.Array, ...]]:
     """The memories of all chunks, and the last.
 
@@ -59,31 +75,35 @@ def walk(
       shares: what a chunk's last token holds, `[B,M,n,5,64]`: of the gradient of every token, in
         the network and in momentum; and of what came in, of network in network, momentum in network
         and momentum in momentum, each repeated.
-      start: `[B,M,64,F]` and `[B,M,F,64]`.
+      starts: the first W_1, S_1 `[B,M,64,F]`, W_2 and S_2 `[B,M,F,64]`, in float32.
+      course: of the rows, or None where all walk all chunks, of one document.
 
     Returns:
-      Memories, and the final W_1, S_1, W_2 and S_2 in float32.
+      Memories, and the final W_1, S_1, W_2 and S_2.
     """
-    (B, T, M, _), F = k.shape, start[0].shape[-1]
+    (B, T, M, _), F = k.shape, starts[0].shape[-1]
     chunks, slices = T // TILE, F // TILE
     exchange = Exchange(slices, jnp.float32)
     products = plan.products
 
     def neural_memory_walk(
-        k, v, shares, starts, kept, ends, through,
+        k, v, shares, starts, course, kept, ends, through,
         *, layers, x2, e2, pulled, tokens, gates, arrivals, mailbox, ready,
     ):  # fmt: skip
         batch, memory, own = (lax.axis_index(axis) for axis in ("batch", "memory", SLICE))
         here = batch, memory
         units = pl.ds(own * TILE, TILE)
+        places = (*here, slice(None), units), (*here, units)
         first, second, hidden = kept
         all_tiles = layers, x2, e2, pulled
+        length, renew = follow(course, batch, chunks)
 
         def rows(part):
             return pl.ds(part * TILE, TILE)
 
-        def sweep(layer, array, place, step):
+        def sweep(layer, array, step):
             """Walks the chunks with the state of one layer, from tokens of its array."""
+            place = places[layer]
             here_slots = tokens[layer], gates[layer], arrivals[layer]
 
             def prefetch(i, slot):
@@ -95,15 +115,15 @@ def walk(
                 slot = lax.rem(i, 2)
                 token, gate, arrival = (x.at[slot] for x in here_slots)
                 plgpu.barrier_wait(arrival)
-                pl.when(i + 1 < chunks)(lambda: prefetch(i + 1, 1 - slot))
+                pl.when(i + 1 < length)(lambda: prefetch(i + 1, 1 - slot))
                 return step(i, token, Shares.read(gate), state)
 
             prefetch(0, 0)
-            weights = plgpu.load(starts[layer].at[place], layout=WGMMA, optimized=False)
-            state = weights, zeros(TILE)
+            own_starts, own_ends = (x[2 * layer : 2 * layer + 2] for x in (starts, ends))
+            state = tuple(load_float32(x.at[place]) for x in own_starts)
             put(anew(layers[layer], own)[:2], state)
-            state = lax.fori_loop(0, chunks, body, state)
-            for target, numbers in zip(ends[2 * layer : 2 * layer + 2], state, strict=True):
+            state = lax.fori_loop(0, length, body, state)
+            for target, numbers in zip(own_ends, state, strict=True):
                 target[place] = numbers
             if layer == 0:
                 plgpu.barrier_wait(ready.stepped)
@@ -147,12 +167,12 @@ def walk(
                         (pulled, first.at[(*at, rows(2), units)]),
                     )
 
-                state = write(products, state, k, tiles, send_writes)
+                state = renew(i, 0, places[0], write(products, state, k, tiles, send_writes))
                 plgpu.wait_smem_to_gmem(1, wait_read_only=True)
                 put([tiles.weights], state[:1])
                 return state
 
-            sweep(0, k, (*here, slice(None), units), step)
+            sweep(0, k, step)
 
         @pl.when(lax.axis_index(LAYER) == 1)
         def _():
@@ -177,14 +197,14 @@ def walk(
                 send_first(own, e2, second.at[(*at, rows(2 * slices))])
                 shares.scale(error, tiles)
                 plgpu.commit_smem()
-                state = write(products, state, x2, tiles)
+                state = renew(i, 1, places[1], write(products, state, x2, tiles))
                 plgpu.wait_smem_to_gmem(1, wait_read_only=True)
                 plgpu.barrier_wait(ready.pulled)
                 put((tiles.weights, tiles.momentum), state)
                 plgpu.barrier_arrive(ready.stepped)
                 return state
 
-            sweep(1, v, (*here, units), step)
+            sweep(1, v, step)
 
     kept = Memories(
         *(
@@ -192,9 +212,9 @@ def walk(
             for shape in ((3 * TILE, F), (2 * F + TILE, TILE), (TILE, F))
         )
     )
-    ends = tuple(jax.ShapeDtypeStruct(x.shape, jnp.float32) for x in start for _ in range(2))
+    ends = tuple(jax.ShapeDtypeStruct(x.shape, jnp.float32) for x in starts)
     kept, ends, _ = plan.launch(
-        neural_memory_walk, k, v, shares, tuple(start),
+        neural_memory_walk, k, v, shares, tuple(starts), course,
         grid={"batch": B, "memory": M}, slices=slices,
         out_type=(tuple(kept), ends, exchange.through(B, M)),
         scratch={

@@ -19,6 +19,7 @@ memory. Operands of products are bfloat16, and so are what is kept and its gradi
 momentum, their gradients and all sums but one (that of `gpu_pull` over a cluster) are float32.
 """
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -26,9 +27,12 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.neural_memory import gpu_one_layer, gpu_two_layers
-from pallas_kernels.neural_memory.gpu_plan import Plan
+from pallas_kernels.neural_memory.gpu_plan import Course, Plan
 from pallas_kernels.neural_memory.gpu_read import Views
 from pallas_kernels.tiles import TILE
+
+Layers = tuple[jax.Array, ...]
+"""An array a layer."""
 
 MOST_HIDDEN = 256
 """Hidden units that clusters of four CTAs hold."""
@@ -39,11 +43,13 @@ def neural_memory(
     k: jax.Array,
     v: jax.Array,
     coefficients: Any,
-    weights: tuple[jax.Array, ...],
+    weights: Layers,
+    momentum: Layers,
+    course: Course | None = None,
     *,
     activation: str,
     interpret: bool = False,
-) -> tuple[jax.Array, tuple[jax.Array, ...], tuple[jax.Array, ...]]:
+) -> tuple[jax.Array, Layers, Layers, Layers]:
     """Answers of a memory that is trained on the way; differentiable in every array.
 
     Args:
@@ -55,11 +61,15 @@ def neural_memory(
         `[B,M,n,64,64]`, `momentum` `[B,M,n]` and `pending` `[B,M,n,64]`.
       weights: the network before the first chunk in float32, `[B,M,64,F]` and `[B,M,F,64]`, or
         `[B,M,64,64]` alone.
+      momentum: its momentum there.
+      course: which rows walk only some of the chunks, and which chunks begin a document. None: all
+        walk all, of one document.
       activation: by name, "gelu" in its tanh form.
       interpret: whether to run in the CPU simulator.
 
     Returns:
-      `[B,T,M,G,64]` in the dtype of q, and the network and its momentum after the last chunk.
+      `[B,T,M,G,64]` in the dtype of q, the network and its momentum after the last chunk, and the
+      network before every chunk in bfloat16, of each layer `[B,M,n,in,out]`.
 
     Raises:
       ValueError: saying why these kernels do not serve the call.
@@ -74,11 +84,14 @@ def neural_memory(
     decays = jnp.stack([c.kept[..., -1], c.carried[..., -1], c.momentum], axis=-1)
     decays = jnp.broadcast_to(decays[..., None], (*decays.shape, TILE))
     shares = jnp.concatenate([c.written[..., -1:, :], c.pending[..., None, :], decays], axis=-2)
+    if course is not None:
+        shares = jnp.where(course.renews[:, None, :, None, None] > 0, 0, shares)
     heads = q.reshape(*q.shape[:2], -1, TILE)
     layers = gpu_one_layer if len(weights) == 1 else gpu_two_layers
     views = Views(c.kept, c.carried, c.written)
-    out, ends = layers.answer(plan, heads, k, v, shares, views, weights)
-    return out.reshape(q.shape), ends[::2], ends[1::2]
+    starts = tuple(itertools.chain(*zip(weights, momentum, strict=True)))
+    out, ends, befores = layers.answer(plan, heads, k, v, shares, views, starts, course)
+    return out.reshape(q.shape), ends[::2], ends[1::2], befores
 
 
 def objection(*, dtype, length: int, chunk: int, sizes: Sequence[int]) -> str | None:

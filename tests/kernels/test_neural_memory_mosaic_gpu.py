@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lcattn.ops import neural_memory
+from lcattn.ops import NeuralMemoryState, neural_memory
 from lcattn.ops.neural_memory import kernel
 from pallas_kernels.neural_memory import gpu_activations, mosaic_gpu
 
@@ -43,16 +43,30 @@ def inputs(B, T, N, M, hidden, H=64, dtype=jnp.bfloat16):
     }  # fmt: skip
 
 
-def run(implementation, arrays):
-    out, state = neural_memory(**arrays, return_state=True, implementation=implementation)
-    return out, (state.weights, state.momentum, state.anchor)
+def under_way(arrays):
+    """A state inside a chunk."""
+    B, draw = len(arrays["q"]), np.random.default_rng(1)
+    weights, momentum, anchor = (
+        tuple(jnp.asarray(draw.normal(size=(B, *x.shape)) / x.shape[1] ** 0.5, jnp.float32)
+              for x in arrays["weights"])
+        for _ in range(3)
+    )  # fmt: skip
+    return NeuralMemoryState(weights, momentum, anchor, jnp.full((B,), 40, jnp.int32))
+
+
+def run(implementation, documents, arrays, state=None):
+    out, final = neural_memory(
+        **arrays, segment_ids=documents, initial_state=state, return_state=True,
+        implementation=implementation,
+    )  # fmt: skip
+    return out, (final.weights, final.momentum, final.anchor)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def values_and_gradients(implementation, arrays):
+def values_and_gradients(implementation, arrays, state=None, documents=None):
     """With every value as its own gradient."""
-    values, pull = jax.vjp(functools.partial(run, implementation), arrays)
-    return values, pull(values)
+    values, pull = jax.vjp(functools.partial(run, implementation, documents), arrays, state)
+    return values, jax.tree.map(lambda x: x.astype(jnp.float32), pull(values))
 
 
 def assert_close(got, want, tolerance):
@@ -78,16 +92,30 @@ def test_one_layer_and_the_rest_of_a_chunk(on_a_simulated_gpu):
     assert_close(got, values_and_gradients("xla", wide(arrays)), 1e-2)
 
 
+PACKED = [[0] * 30 + [1] * 70 + [2] + [3] * 5 + [-1] * 2 + [4] * 64 + [5] * 3, [-1] * 175]
+"""Chunks that go on, that are whole and that are not; windows of several documents; padding."""
+
+
+@pytest.mark.parametrize("hidden", [(64,), ()], ids=["two layers", "one layer"])
+def test_documents_that_go_on_inside_a_chunk(hidden, on_a_simulated_gpu):
+    arrays = inputs(2, 175, 2, 1, hidden)
+    state = under_way(arrays)
+    documents = jnp.asarray(PACKED)
+    got = values_and_gradients("mosaic_gpu", arrays, state, documents)
+    want = values_and_gradients("xla", wide(arrays), state, documents)
+    assert_close(got, want, 1.2e-2)
+
+
 def test_gradients_lower_for_cuda(monkeypatch):
     monkeypatch.setattr(kernel.dispatch, "on_hopper", lambda: True)
     shapes = jax.eval_shape(lambda: inputs(4, 8192, 4, 4, (256,)))
 
     def loss(arrays):
-        return jnp.sum(run("mosaic_gpu", arrays)[0].astype(jnp.float32))
+        return jnp.sum(run("mosaic_gpu", None, arrays)[0].astype(jnp.float32))
 
     text = jax.jit(jax.grad(loss)).trace(shapes).lower(lowering_platforms=("cuda",)).as_text()
-    names = "neural_memory_walk", "neural_memory_read", "neural_memory_pull"
-    assert all(name in text for name in (*names, "neural_memory_read_pull"))
+    for name in ("walk", "read", "pull", "read_pull", "token_gradients"):
+        assert f"neural_memory_{name}" in text
 
 
 @pytest.mark.parametrize("name", gpu_activations.ACTIVATIONS)
@@ -111,9 +139,8 @@ def test_derivatives_of_activations(name):
         ({}, {"chunk_size": 32}, "take chunks of 64 tokens and a whole one at least, not 32"),
         ({"T": 63}, {}, "not 64 of 63"),
         ({}, {"activation": jnp.sin}, "knows no activation but those with names"),
-        ({}, {"segment_ids": jnp.zeros((1, 64), jnp.int32)}, "without segment_ids or initial"),
     ],
-    ids=["float32", "H", "96", "512", "layers", "chunk", "short", "activation", "packed"],
+    ids=["float32", "H", "96", "512", "layers", "chunk", "short", "activation"],
 )
 def test_a_call_that_is_not_served_is_told_why(change, options, message, on_a_simulated_gpu):
     arrays = inputs(**{"B": 1, "T": 64, "N": 1, "M": 1, "hidden": (64,)} | change)

@@ -43,6 +43,16 @@ class Windows(NamedTuple):
         """`[B,nC,...] -> [B,T,...]`, zeros at padding."""
         return _take(x, self.slots)
 
+    def split(self) -> tuple["Windows", "Windows"]:
+        """The first window, and the others."""
+        width = self.used.shape[-1]
+        tokens, slots, *marks, position = self
+        later = jnp.where(slots < width, tokens.shape[1], slots - width)
+        return (
+            Windows(tokens[:, :width], slots, *(x[:1] for x in marks), position),
+            Windows(tokens[:, width:], later, *(x[1:] for x in marks), position),
+        )
+
 
 def lay_out(
     segment_ids: Int[Array, "B T"] | None,
