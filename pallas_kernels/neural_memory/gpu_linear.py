@@ -37,16 +37,17 @@ def linear_walk(
     starts: tuple[jax.Array, ...],
     course: Course | None,
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    """W, S and E of all chunks, `[B,M,n,64+64+64,64]`, and the final W and S, `[B,M,64,64]`.
+    """W, S and E of all chunks, `[B,M,n,H+H+64,H]`, and the final W and S, `[B,M,H,H]`.
 
     Arguments are those of `gpu_walk.walk`, of one layer.
     """
-    B, T, M, _ = k.shape
+    B, T, M, H = k.shape
+    parts = H // TILE
     products = plan.products
 
     def neural_memory_linear_walk(k, v, shares, starts, course, kept, ends, *, layer, error):
-        batch, memory = (lax.axis_index(axis) for axis in ("batch", "memory"))
-        here = batch, memory
+        batch, memory, part = (lax.axis_index(axis) for axis in ("batch", "memory", PART))
+        here, channels = (batch, memory), _block(part)
         length, renew = follow(course, batch, T // TILE)
 
         def put(target, numbers):

@@ -15,8 +15,11 @@ from pallas_kernels.neural_memory.gpu_activations import ACTIVATIONS, Derivative
 from pallas_kernels.products import Products
 from pallas_kernels.tiles import TILE, WGMMA, zeros
 
+PART = "part"
+"""An axis of a cluster: 64 numbers of keys and values a CTA."""
+
 SLICE = "slice"
-"""The axis of a cluster: 64 hidden units a CTA."""
+"""The other axis: 64 hidden units a CTA."""
 
 LAYER = "layer"
 """The axis of a CTA's warpgroups: one for each layer."""
@@ -48,7 +51,7 @@ class Plan:
 
     def launch(
         self, body, *arrays, grid: dict[str, int], out_type, scratch: dict[str, Any],
-        slices: int | None = None, course: "Course | None" = None,
+        cluster: dict[str, int] | None = None, course: "Course | None" = None,
     ):  # fmt: skip
         """Runs a kernel.
 
@@ -58,15 +61,16 @@ class Plan:
           grid: sizes of the grid's axes; the last runs fastest.
           out_type: shapes of its outputs.
           scratch: its scratch, by argument.
-          slices: CTAs of a cluster of a walk, which have a warpgroup a layer. None: no walk.
+          cluster: axes of the clusters of a walk, whose CTAs have a warpgroup a layer. None: no
+            walk.
           course: of a kernel of chunks by themselves, which leaves out those that no row walks.
         """
         if course is not None:
             body, arrays = _where_walked(body), (course.counts, *arrays)
         walk: dict[str, Any] = {}
-        if slices is not None:
+        if cluster is not None:
             walk = {
-                "cluster": (slices,), "cluster_names": (SLICE,),
+                "cluster": tuple(cluster.values()), "cluster_names": tuple(cluster),
                 "num_threads": 2, "thread_name": LAYER,
             }  # fmt: skip
         return plgpu.kernel(
@@ -176,61 +180,83 @@ def load(tile) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True)
 class Exchange:
-    """Sums of a tile over the CTAs of a cluster, each of which gets all of the sum.
+    """Sums of a tile over an axis of a cluster, each of whose CTAs gets all of the sum.
 
     Parts go through global memory, which stays in L2, in two sets by turns: who writes to a set has
     heard from all since they last read it. Of float32 tiles between four CTAs, that took 1.3 us on
     an H200; stores of registers to the shared memory of the others took 3.8.
 
     Attributes:
-      slices: CTAs of the cluster.
+      axis: of the cluster.
+      size: CTAs along it.
       dtype: in which parts are sent.
+      slots: tiles of others that shared memory holds at once.
     """
 
-    slices: int
+    axis: str
+    size: int
     dtype: Any
+    slots: int = 3
+
+    @property
+    def others(self) -> int:
+        """CTAs that one hears from."""
+        return self.size - 1
 
     def scratch(self) -> Any:
         """Shared memory and barriers, to be passed to `sum`."""
-        if self.slices == 1:
+        if not self.others:
             return None
-        others = self.slices - 1
+        slots = min(self.slots, self.others)
         return Mailbox(
             sent=plgpu.SMEM((TILE, TILE), self.dtype),
-            received=plgpu.SMEM((others, TILE, TILE), self.dtype),
-            all_sent=plgpu.ClusterBarrier(collective_axes=(SLICE,)),
-            arrived=plgpu.Barrier(num_arrivals=others),
+            received=plgpu.SMEM((slots, TILE, TILE), self.dtype),
+            all_sent=plgpu.ClusterBarrier(collective_axes=(self.axis,)),
+            arrived=plgpu.Barrier(num_barriers=slots),
         )
 
     def through(self, *grid: int):
-        """Global memory, to be passed to `sum`: an output."""
-        if self.slices == 1:
+        """Global memory, of which `sum` is passed what belongs to a place of the grid: an output."""
+        if not self.others:
             return None
-        return jax.ShapeDtypeStruct((*grid, 2, self.slices, TILE, TILE), self.dtype)
+        return jax.ShapeDtypeStruct((*grid, 2, self.size, TILE, TILE), self.dtype)
 
-    def sum(self, part: jax.Array, turn, mailbox: "Mailbox", through) -> jax.Array:
+    def sum(self, part: jax.Array, turn, mailbox: "Mailbox", through, place) -> jax.Array:
         """The sum of all parts.
 
         Args:
           part: this CTA's, `[64,64]`.
           turn: 0 and 1 by turns.
           mailbox: scratch.
-          through: the cluster's global memory.
+          through: global memory.
+          place: of those that share the sum, in the grid.
         """
-        if self.slices == 1:
+        if not self.others:
             return part
-        own, through = lax.axis_index(SLICE), through.at[turn]
+        own, through = lax.axis_index(self.axis), through.at[(*place, turn)]
+        slots = min(self.slots, self.others)
+
+        def receive(i):
+            other = lax.rem(own + 1 + i, self.size)
+            slot = i % slots
+            source, target = through.at[other], mailbox.received.at[slot]
+            plgpu.copy_gmem_to_smem(source, target, mailbox.arrived.at[slot])
+
         mailbox.sent[...] = part.astype(self.dtype)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(mailbox.sent, through.at[own])
         plgpu.wait_smem_to_gmem(0)
         plgpu.barrier_arrive(mailbox.all_sent)
         plgpu.barrier_wait(mailbox.all_sent)
-        for i in range(self.slices - 1):
-            other = lax.rem(own + 1 + i, self.slices)
-            plgpu.copy_gmem_to_smem(through.at[other], mailbox.received.at[i], mailbox.arrived)
-        plgpu.barrier_wait(mailbox.arrived)
-        return sum((load(mailbox.received.at[i]) for i in range(self.slices - 1)), part)
+        for i in range(slots):
+            receive(i)
+        for i in range(self.others):
+            slot = i % slots
+            plgpu.barrier_wait(mailbox.arrived.at[slot])
+            part += load(mailbox.received.at[slot])
+            if i + slots < self.others:
+                receive(i + slots)
+        return part
 
 
 class Mailbox(NamedTuple):
@@ -238,7 +264,7 @@ class Mailbox(NamedTuple):
 
     Attributes:
       sent: its part.
-      received: those of the others.
+      received: those of the others, or of some.
       all_sent: where all CTAs arrive.
       arrived: where copies of the others' parts do.
     """

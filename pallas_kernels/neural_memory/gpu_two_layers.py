@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.neural_memory import gpu_einsums as einsums
 from pallas_kernels.neural_memory.gpu_plan import Course, Plan, pull_course
 from pallas_kernels.neural_memory.gpu_pull import pull
 from pallas_kernels.neural_memory.gpu_read import Views, read
@@ -15,37 +16,48 @@ from pallas_kernels.tiles import TILE
 
 
 def answer(plan: Plan, q, k, v, shares, views: Views, starts, course: Course | None):
-    """Answers `[B,T,N,64]`; W and S of each layer after the last chunk, W before every one.
+    """Answers `[B,T,N,H]`; W and S of each layer after the last chunk, W before every one.
 
     Args:
       plan: options.
-      q: queries `[B,T,N,64]`.
+      q: queries `[B,T,N,H]`.
       k, v, shares: as for `gpu_walk.walk`.
       views: as for `gpu_read.read`.
       starts: W and S of each layer before the first chunk.
       course: as for `gpu_walk.walk`.
     """
     memories, ends = _train(plan, k, v, shares, starts, course)
-    befores = memories.first[..., :TILE, :], memories.second[..., : starts[0].shape[-1], :]
-    return _read(plan, q, k, memories, views, course), ends, befores
+    H, F = starts[0].shape[-2:]
+    if H == TILE:
+        out = _read(plan, q, k, memories, views, course)
+    else:
+        inputs = einsums.by_chunk(k), memories.hidden
+        out = einsums.read(plan, q, views, inputs, (memories.first, memories.second))
+    return out, ends, (memories.first[..., :H, :], memories.second[..., :F, :])
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _train(plan: Plan, k, v, shares, starts, course: Course | None):
-    return walk(plan, k, v, shares, starts, course)
+    return walk(plan, k, v, shares, starts, course, keep=False)[:2]
 
 
 def _train_forward(plan, k, v, shares, starts, course):
-    memories, ends = walk(plan, k, v, shares, starts, course)
-    return (memories, ends), (k, shares, memories, course)
+    memories, ends, slopes = walk(plan, k, v, shares, starts, course, keep=True)
+    return (memories, ends), (k, shares, memories, slopes, course)
 
 
 def _train_backward(plan, residuals, cotangents):
-    k, shares, memories, course = residuals
-    pulled, d_starts = pull(plan, k, shares, memories, *cotangents, course)
-    d_tokens = token_gradients(plan, k, shares, memories, pulled, course)
-    F = memories.hidden.shape[-1]
-    d_after = pulled.first[..., :TILE, :], pulled.second[..., :F, :]
+    k, shares, memories, slopes, course = residuals
+    pulled, d_starts = pull(plan, k, shares, memories, slopes, *cotangents, course)
+    H, F = k.shape[-1], memories.hidden.shape[-1]
+    if H == TILE:
+        d_tokens = token_gradients(plan, k, shares, memories, pulled, course)
+    else:
+        d_tokens = einsums.token_gradients(
+            shares, (einsums.by_chunk(k), memories.hidden), (memories.first, memories.second),
+            (pulled.first, pulled.second), pulled.hidden, pulled.outputs,
+        )  # fmt: skip
+    d_after = pulled.first[..., :H, :], pulled.second[..., :F, :]
     return *d_tokens, d_starts, pull_course(course, d_after)
 
 

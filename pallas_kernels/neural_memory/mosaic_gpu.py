@@ -34,8 +34,11 @@ from pallas_kernels.tiles import TILE
 Layers = tuple[jax.Array, ...]
 """An array a layer."""
 
-MOST_HIDDEN = 256
-"""Hidden units that clusters of four CTAs hold."""
+SIZES = TILE, 2 * TILE
+"""Of keys and values. A CTA holds one tile of each layer: 64 of these numbers, 64 hidden units."""
+
+EXPANSION = 4
+"""Hidden units of a memory of two layers, in sizes of its keys: clusters of up to 4 or 16 CTAs."""
 
 
 def neural_memory(
@@ -53,14 +56,14 @@ def neural_memory(
     """Answers of a memory that is trained on the way; differentiable in every array.
 
     Args:
-      q: queries `[B,T,M,G,64]`, bfloat16; T is a multiple of 64.
-      k: keys `[B,T,M,64]`.
-      v: values `[B,T,M,64]`.
+      q: queries `[B,T,M,G,H]`, bfloat16; T is a multiple of 64.
+      k: keys `[B,T,M,H]`.
+      v: values `[B,T,M,H]`.
       coefficients: what each token of a chunk of 64 sees, and what the chunk leaves behind, as
         `lcattn.ops.neural_memory.coefficients` says: `kept` and `carried` `[B,M,n,64]`, `written`
         `[B,M,n,64,64]`, `momentum` `[B,M,n]` and `pending` `[B,M,n,64]`.
-      weights: the network before the first chunk in float32, `[B,M,64,F]` and `[B,M,F,64]`, or
-        `[B,M,64,64]` alone.
+      weights: the network before the first chunk in float32, `[B,M,H,F]` and `[B,M,F,H]`, or
+        `[B,M,H,H]` alone.
       momentum: its momentum there.
       course: which rows walk only some of the chunks, and which chunks begin a document. None: all
         walk all, of one document.
@@ -68,7 +71,7 @@ def neural_memory(
       interpret: whether to run in the CPU simulator.
 
     Returns:
-      `[B,T,M,G,64]` in the dtype of q, the network and its momentum after the last chunk, and the
+      `[B,T,M,G,H]` in the dtype of q, the network and its momentum after the last chunk, and the
       network before every chunk in bfloat16, of each layer `[B,M,n,in,out]`.
 
     Raises:
@@ -86,7 +89,7 @@ def neural_memory(
     shares = jnp.concatenate([c.written[..., -1:, :], c.pending[..., None, :], decays], axis=-2)
     if course is not None:
         shares = jnp.where(course.renews[:, None, :, None, None] > 0, 0, shares)
-    heads = q.reshape(*q.shape[:2], -1, TILE)
+    heads = q.reshape(*q.shape[:2], -1, q.shape[-1])
     layers = gpu_one_layer if len(weights) == 1 else gpu_two_layers
     views = Views(c.kept, c.carried, c.written)
     starts = tuple(itertools.chain(*zip(weights, momentum, strict=True)))
@@ -100,11 +103,11 @@ def objection(*, dtype, length: int, chunk: int, sizes: Sequence[int]) -> str | 
         return f"take bfloat16, not {jnp.dtype(dtype).name}"
     if chunk != TILE or length < TILE:
         return f"take chunks of {TILE} tokens and a whole one at least, not {chunk} of {length}"
-    ends, hidden = {sizes[0], sizes[-1]}, sizes[1:-1]
-    served = not hidden or (len(hidden) == 1 and hidden[0] in range(TILE, MOST_HIDDEN + 1, TILE))
-    if ends != {TILE} or not served:
+    H, *hidden, last = sizes
+    units = range(TILE, EXPANSION * H + 1, TILE)
+    if H not in SIZES or H != last or len(hidden) > 1 or not all(F in units for F in hidden):
         return (
-            f"take layers of sizes {TILE} -> {TILE} or {TILE} -> F -> {TILE}, F a multiple of"
-            f" {TILE} up to {MOST_HIDDEN}, not {' -> '.join(map(str, sizes))}"
+            f"take layers of sizes H -> H or H -> F -> H, H = {' or '.join(map(str, SIZES))} and F a"
+            f" multiple of {TILE} up to {EXPANSION} H, not {' -> '.join(map(str, sizes))}"
         )
     return None
