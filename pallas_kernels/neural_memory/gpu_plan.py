@@ -135,8 +135,10 @@ def pull_course(course: Course | None, d_after: tuple[jax.Array, ...]) -> Course
     return Course(None, None, d_fresh)
 
 
-def by_halves(function: Callable[[jax.Array], Derivatives], x: jax.Array) -> Derivatives:
-    """An element-wise function of a tile with its derivatives, in bfloat16.
+def by_halves(
+    function: Callable[[jax.Array], tuple[jax.Array, ...]], x: jax.Array
+) -> tuple[jax.Array, ...]:
+    """Element-wise functions of a tile, in bfloat16.
 
     Half the columns after the other: arithmetic runs through whole tiles, one operation after the
     other, and its intermediate tiles do not fit the registers.
@@ -146,8 +148,7 @@ def by_halves(function: Callable[[jax.Array], Derivatives], x: jax.Array) -> Der
         half = tuple(y.astype(jnp.bfloat16) for y in function(x[:, start : start + TILE // 2]))
         *half, x = lax.optimization_barrier((*half, x))
         halves.append(half)
-    value, slope, bend = (jnp.concatenate(x, axis=1) for x in zip(*halves, strict=True))
-    return value, slope, bend
+    return tuple(jnp.concatenate(x, axis=1) for x in zip(*halves, strict=True))
 
 
 def shared(rows: int = TILE, columns: int = TILE):
@@ -216,7 +217,7 @@ class Exchange:
         )
 
     def through(self, *grid: int):
-        """Global memory, of which `sum` is passed what belongs to a place of the grid: an output."""
+        """Global memory, to be passed to `sum`: an output."""
         if not self.others:
             return None
         return jax.ShapeDtypeStruct((*grid, 2, self.size, TILE, TILE), self.dtype)

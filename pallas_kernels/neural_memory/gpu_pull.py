@@ -275,15 +275,17 @@ def pull(
     shapes = Pulled((2 * H, F), (2 * F, H), (TILE, F), (TILE, H))
     out = tuple(jax.ShapeDtypeStruct((B, M, chunks, *shape), jnp.bfloat16) for shape in shapes)
     d_starts = tuple(jax.ShapeDtypeStruct(x.shape, jnp.float32) for x in d_ends)
+    tiles = Tiles(*(shared() for _ in Tiles._fields))
     pair = plgpu.SMEM((2, TILE, TILE), jnp.bfloat16)
     pulled, d_starts, _ = plan.launch(
-        neural_memory_pull, k, shares, tuple(memories), slopes, tuple(d_memories), tuple(d_ends), course,
+        neural_memory_pull, k, shares, tuple(memories), slopes, tuple(d_memories), tuple(d_ends),
+        course,
         grid={"batch": B, "memory": M}, cluster={PART: parts, SLICE: slices},
         out_type=(
             out, d_starts, (over_parts.through(B, M, slices), over_units.through(B, M, parts)),
         ),
         scratch={
-            "tiles": Tiles(*(shared() for _ in Tiles._fields))._replace(slopes=shared(2 * TILE)),
+            "tiles": tiles._replace(slopes=shared(2 * TILE)),
             "pairs": Pairs(*(pair for _ in Pairs._fields)),
             "gates": (plgpu.SMEM((2, 5, TILE), jnp.float32),) * 2,
             "arrivals": Arrivals(

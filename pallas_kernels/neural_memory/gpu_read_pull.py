@@ -112,7 +112,8 @@ def read_pull(
                 ),
                 (memories.hidden.at[(*here, slice(None), units)], inputs),
             )
-            x, slope, _ = by_halves(plan.activate, products.product(operands, first))
+            z = products.product(operands, first)
+            x, slope = by_halves(lambda z: plan.activate(z)[:2], z)
             put(tile, x)
             plgpu.commit_smem()
             raw, d_x = products.accumulate_both(

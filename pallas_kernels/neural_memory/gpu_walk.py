@@ -168,7 +168,9 @@ def walk(
                     (tiles.momentum, first.at[(*at, block(parts + part), units)]),
                 )
                 _, slope, bend = plan.activate(lax.optimization_barrier(z))
-                bend = lax.optimization_barrier(bend.astype(jnp.bfloat16)) if keep else None
+                if keep:
+                    rows = [slope_tiles.at[block(i)] for i in range(2)]
+                    put(rows, (slope, bend))
                 state = shares.decay(*state)
                 plgpu.barrier_wait(ready.errors)
                 error = products.product(e2, second_weights.transpose((1, 0)))
@@ -179,8 +181,7 @@ def walk(
                     (pulled, first.at[(*at, block(2 * parts), units)]),
                 ]
                 if keep:
-                    rows = [slope_tiles.at[block(i)] for i in range(2)]
-                    put(rows, (slope, bend.astype(jnp.float32) * error))
+                    put(rows[1:], [load(rows[1]) * error])
                     copies.append((slope_tiles, slopes.at[(*at, slice(None), units)]))
                 error *= slope
                 shares.scale(error, tiles)

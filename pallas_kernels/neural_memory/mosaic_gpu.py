@@ -105,9 +105,9 @@ def objection(*, dtype, length: int, chunk: int, sizes: Sequence[int]) -> str | 
         return f"take chunks of {TILE} tokens and a whole one at least, not {chunk} of {length}"
     H, *hidden, last = sizes
     units = range(TILE, EXPANSION * H + 1, TILE)
-    if H not in SIZES or H != last or len(hidden) > 1 or not all(F in units for F in hidden):
+    if H not in SIZES or last != H or len(hidden) > 1 or not all(F in units for F in hidden):
         return (
-            f"take layers of sizes H -> H or H -> F -> H, H = {' or '.join(map(str, SIZES))} and F a"
+            f"take layers of sizes H -> H or H -> F -> H, H = {SIZES[0]} or {SIZES[1]}, F a"
             f" multiple of {TILE} up to {EXPANSION} H, not {' -> '.join(map(str, sizes))}"
         )
     return None
