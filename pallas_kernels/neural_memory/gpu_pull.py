@@ -12,9 +12,12 @@ layer, and g, n, b, f, m the shares of the chunk:
     W_1' = b A_1 + W_1'(read) + Kᵀ Z_1'                          S' = f A + m B + S'(read)
     W_2' = b A_2 + W_2'(read) + D'ᵀ E_2 + X_2ᵀ Z_2'
 
-A warpgroup a layer, as in the walk, and one sum over the cluster; what follows from Z_1 alone is
-found a chunk ahead. Four products stand one behind the other, as in the walk; reached on an H200:
-5.2 us a chunk. From A, B, Z_1' and Z_2' follow gradients of tokens and shares (`gpu_tokens`).
+A warpgroup a layer, as in the walk, and one sum over the units of the cluster; with H = 128, the
+products with A_1, B_1, and what makes X_2' but what reading gave, are sums over its halves. σ'(Z_1)
+and D σ''(Z_1) the walk has kept: to find them here took a product and registers, of which 62 bytes
+a thread spilled, and with halves two more sums. Four products stand one behind the other, as in the
+walk; reached on an H200, when they were found here: 5.2 us a chunk. From A, B, Z_1' and Z_2' follow
+gradients of tokens and shares (`gpu_tokens`).
 """
 
 from typing import Any, NamedTuple
@@ -185,9 +188,7 @@ def pull(
                 pl.when(i + 1 < length)(lambda: prefetch_keys(c - 1, 1 - slot))
                 share = Shares.read(gates[0].at[slot])
                 plgpu.barrier_wait(arrivals.first)
-                through_state = weigh(
-                    share, *products.products((keys, tile.a1), (keys, tile.b1))
-                )
+                through_state = weigh(share, *products.products((keys, tile.a1), (keys, tile.b1)))
                 d_error = load(tile.d_e1) - sum_parts(through_state, 0)
                 plgpu.barrier_wait(arrivals.slopes)
                 plgpu.barrier_wait(ready.stepped)
@@ -258,9 +259,7 @@ def pull(
                 plgpu.barrier_wait(arrivals.outputs)
                 put([tile.outputs], [2 * (d_error + load(tile.outputs))])
                 plgpu.barrier_arrive(ready.outputs)
-                send_first(
-                    own, (tile.outputs, out.outputs.at[(*here, c, slice(None), channels)])
-                )
+                send_first(own, (tile.outputs, out.outputs.at[(*here, c, slice(None), channels)]))
                 d_weights = products.accumulate(d_weights, tile.pulled.transpose((1, 0)), e2)
                 d_weights = products.accumulate(d_weights, x2.transpose((1, 0)), tile.outputs)
                 plgpu.barrier_wait(ready.used)

@@ -152,10 +152,10 @@ def read_pull(
         raw, d_raw, d_query, d_kept, d_carried = lax.fori_loop(
             0, slices, step, (*(zeros(TILE) for _ in range(3)), empty, empty)
         )
+        _, (key, errors), grad, _, _, d_scores, query, tile = anew(all_tiles, chunk)
         d_views.kept[there] = d_kept
         d_views.carried[there] = d_carried
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        grad = inputs
         fetch(
             barrier, (keys, key), (memories.second.at[(*here, last)], errors), (d_out.at[own], grad)
         )

@@ -1,4 +1,4 @@
-r"""The walk over chunks that trains the memory: one cluster a memory, 64 hidden units a CTA.
+r"""The walk over chunks that trains the memory: one cluster a memory.
 
 With gradients at the network before the chunk, and g, n the shares of its writes that the last
 token sees in the network and in momentum (b, f and m those of what came in):
@@ -6,8 +6,26 @@ token sees in the network and in momentum (b, f and m those of what came in):
     Z_1 = K W_1,  X_2 = σ(Z_1),  E_2 = 2 (X_2 W_2 - V),  E_1 = (E_2 W_2ᵀ) σ'(Z_1)
     W' = b W + f S - Xᵀ (g E),   S' = m S - Xᵀ (n E)          X = K, X_2;  E = E_1, E_2
 
-Network and momentum of 64 hidden units are four tiles of 64 x 64 in float32: two for each of two
-warpgroups, one a layer, which stay in registers. X_2 W_2 alone is a sum over the cluster.
+A CTA has 64 hidden units, and 64 of the H numbers of keys and values. Of these, network and
+momentum are four tiles of 64 x 64 in float32: two for each of two warpgroups, one a layer, which
+stay in registers, 64 a thread. X_2 W_2 is a sum over the units of the cluster; with H = 128, K W_1
+and E_2 W_2ᵀ are sums over its two halves of keys and values.
+
+H = 128 and F = 512 make four times the memory of H = 64 and F = 256, 1 MB with momentum. With both
+halves in a CTA, its 64 units would take 128 registers of every thread, and with them 128 x 64
+accumulators as many again; operands in shared memory would take 213 KB here and 312 KB in
+`gpu_pull`, of 227. In halves a thread has what it has with H = 64. Shared memory, in KB:
+
+                                            walk             pull
+    operands of states and errors           64               -
+    tiles of a chunk, slopes included       40               112
+    tokens, two chunks of them              32               64
+    gates                                    5               5
+    sum over units: sent, received          16 + 2 x 16      8 + 2 x 8    (of 4 units: 3 received)
+    sum over halves: sent, received         16 + 16          8 + 8
+                                            221              221
+
+at clusters of 2 x 8. More than 8 CTAs are beyond what every GPU must offer; an H200 grants 16.
 
 A chunk waits for the one before it through this chain of products and what lies between:
 

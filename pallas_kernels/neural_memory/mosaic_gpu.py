@@ -5,18 +5,24 @@ memory, which leaves network, momentum and writes of every chunk in global memor
 else is done for every chunk by itself: queries are answered (`gpu_read`), and coefficients of gates
 are XLA's. The gradient goes the same way back: chunks by themselves (`gpu_read_pull`), a walk in
 reverse that carries the gradient of the memory (`gpu_pull`), and chunks by themselves for what
-follows from it for keys, values and gates (`gpu_tokens`). Of one layer only the walks are kernels
-(`gpu_linear`).
+follows from it for keys, values and gates (`gpu_tokens`). Of one layer (`gpu_linear`), and of keys
+and values of 128, only the walks are kernels; for chunks by themselves there are batched products
+of XLA then (`gpu_einsums`).
+
+Rows may hold documents, laid out in windows of 64 slots. Where one begins, a walk fetches the fresh
+network in place of its state; rows with fewer windows walk fewer (`gpu_plan.Course`).
 
 On an H200, 4 x 8192 tokens of 4 heads with 256 hidden units, projections of tokens of width 384
 included, took 0.90 ms forward, of it 0.54 for the walk and 0.15 to read, and 2.99 ms forward and
 backward: walks 0.51 and 0.67, to read 0.15 and 0.44, tokens 0.21, and 1.0 ms in XLA.
 XLA's form took 6.7 and 24.6 ms. (In the record the row without projections was disturbed, by
 another program on the GPU it seems: backward, the same kernels took 1.6 to 4.7 times as long.)
+Since then the walk keeps what the walk in reverse needs of the activation, which found it by itself
+and spilled registers, and clusters have a second axis. No GPU has run them so.
 
-What the walk leaves is kept for the gradient, 4 H F + 2 C F + C H bfloat16 numbers a chunk and
+What the walk leaves is kept for the gradient, 4 H F + 4 C F + C H bfloat16 numbers a chunk and
 memory. Operands of products are bfloat16, and so are what is kept and its gradients; network,
-momentum, their gradients and all sums but one (that of `gpu_pull` over a cluster) are float32.
+momentum, their gradients and all sums but those of `gpu_pull` over a cluster are float32.
 """
 
 import itertools

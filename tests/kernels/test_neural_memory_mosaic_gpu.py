@@ -79,31 +79,27 @@ def wide(arrays):
     return jax.tree.map(lambda x: x.astype(jnp.float32), arrays)
 
 
-def test_values_and_every_gradient_agree_with_the_xla_form(on_a_simulated_gpu):
-    arrays = inputs(1, 128, 2, 1, (128,))  # two chunks, a cluster of two, a memory of two heads
-    got = values_and_gradients("mosaic_gpu", arrays)
-    assert got[0][0].dtype == jnp.bfloat16
-    assert_close(got, values_and_gradients("xla", wide(arrays)), 1.2e-2)
-
-
-def test_one_layer_and_the_rest_of_a_chunk(on_a_simulated_gpu):
-    arrays = inputs(1, 70, 1, 1, ())
-    got = values_and_gradients("mosaic_gpu", arrays)
-    assert_close(got, values_and_gradients("xla", wide(arrays)), 1e-2)
-
-
 PACKED = [[0] * 30 + [1] * 70 + [2] + [3] * 5 + [-1] * 2 + [4] * 64 + [5] * 3, [-1] * 175]
 """Chunks that go on, that are whole and that are not; windows of several documents; padding."""
 
+CASES = {
+    # name: (B, T, N, M, hidden, H), documents
+    "two layers, a cluster of units, grouped queries, a rest": ((1, 140, 2, 1, (128,), 64), None),
+    "two layers of 128, a cluster of their halves": ((1, 128, 1, 1, (64,), 128), None),
+    "two layers, documents, going on inside a chunk": ((2, 175, 2, 1, (64,), 64), PACKED),
+    "one layer of 128, documents, going on": ((2, 175, 1, 1, (), 128), PACKED),
+}
 
-@pytest.mark.parametrize("hidden", [(64,), ()], ids=["two layers", "one layer"])
-def test_documents_that_go_on_inside_a_chunk(hidden, on_a_simulated_gpu):
-    arrays = inputs(2, 175, 2, 1, hidden)
-    state = under_way(arrays)
-    documents = jnp.asarray(PACKED)
-    got = values_and_gradients("mosaic_gpu", arrays, state, documents)
-    want = values_and_gradients("xla", wide(arrays), state, documents)
-    assert_close(got, want, 1.2e-2)
+
+@pytest.mark.parametrize("name", CASES)
+def test_values_states_and_every_gradient_agree_with_the_xla_form(name, on_a_simulated_gpu):
+    shape, documents = CASES[name]
+    arrays = inputs(*shape)
+    state = None if documents is None else under_way(arrays)
+    ids = None if documents is None else jnp.asarray(documents)
+    got = values_and_gradients("mosaic_gpu", arrays, state, ids)
+    assert got[0][0].dtype == jnp.bfloat16
+    assert_close(got, values_and_gradients("xla", wide(arrays), state, ids), 1.2e-2)
 
 
 def test_gradients_lower_for_cuda(monkeypatch):
@@ -132,15 +128,15 @@ def test_derivatives_of_activations(name):
     ("change", "options", "message"),
     [
         ({"dtype": jnp.float32}, {}, "take bfloat16, not float32"),
-        ({"H": 128}, {}, "take layers of sizes 64 -> 64 or 64 -> F -> 64, .*, not 128 -> 64"),
+        ({"H": 32}, {}, "take layers of sizes H -> H or H -> F -> H, H = 64 or 128, .*, not 32"),
         ({"hidden": (96,)}, {}, "not 64 -> 96 -> 64"),
-        ({"hidden": (512,)}, {}, "up to 256, not 64 -> 512 -> 64"),
+        ({"hidden": (320,)}, {}, "up to 4 H, not 64 -> 320 -> 64"),
         ({"hidden": (64, 64)}, {}, "not 64 -> 64 -> 64 -> 64"),
         ({}, {"chunk_size": 32}, "take chunks of 64 tokens and a whole one at least, not 32"),
         ({"T": 63}, {}, "not 64 of 63"),
         ({}, {"activation": jnp.sin}, "knows no activation but those with names"),
     ],
-    ids=["float32", "H", "96", "512", "layers", "chunk", "short", "activation"],
+    ids=["float32", "H", "96", "320", "layers", "chunk", "short", "activation"],
 )
 def test_a_call_that_is_not_served_is_told_why(change, options, message, on_a_simulated_gpu):
     arrays = inputs(**{"B": 1, "T": 64, "N": 1, "M": 1, "hidden": (64,)} | change)

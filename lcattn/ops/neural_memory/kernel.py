@@ -128,10 +128,10 @@ def objection(
 def pays(*, sizes: Sizes, weights: Sequence[Array], packed: bool, continued: bool, **call) -> bool:
     """Whether the kernels are the better choice where they can serve, as an H200 found.
 
-    It ran those of two layers, of sequences from their start; all else is by name until one has.
+    It ran those of two layers, of keys of 64, of sequences from their start; all else is by name.
     Compilers cannot partition kernels: over several devices they belong inside `shard_map`, and
     only who writes that can tell.
     """
     del call
-    timed = len(weights) == 2 and sizes.T >= _PAYS_FROM and not packed and not continued
-    return timed and jax.device_count() == 1
+    timed = len(weights) == 2 and sizes.F == 64 and sizes.T >= _PAYS_FROM
+    return timed and not packed and not continued and jax.device_count() == 1
