@@ -135,22 +135,6 @@ def pull_course(course: Course | None, d_after: tuple[jax.Array, ...]) -> Course
     return Course(None, None, d_fresh)
 
 
-def by_halves(
-    function: Callable[[jax.Array], tuple[jax.Array, ...]], x: jax.Array
-) -> tuple[jax.Array, ...]:
-    """Element-wise functions of a tile, in bfloat16.
-
-    Half the columns after the other: arithmetic runs through whole tiles, one operation after the
-    other, and its intermediate tiles do not fit the registers.
-    """
-    halves = []
-    for start in (0, TILE // 2):
-        half = tuple(y.astype(jnp.bfloat16) for y in function(x[:, start : start + TILE // 2]))
-        *half, x = lax.optimization_barrier((*half, x))
-        halves.append(half)
-    return tuple(jnp.concatenate(x, axis=1) for x in zip(*halves, strict=True))
-
-
 def shared(rows: int = TILE, columns: int = TILE):
     """Shared memory of a bfloat16 tile, which `anew` makes a tile."""
     return plgpu.SMEM((1, rows, columns), jnp.bfloat16)

@@ -21,7 +21,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.neural_memory.gpu_plan import Course, Plan, anew, by_halves, load, shared
+from pallas_kernels.neural_memory.gpu_plan import Course, Plan, anew, load, shared
 from pallas_kernels.neural_memory.gpu_read import Views
 from pallas_kernels.neural_memory.gpu_walk import Memories, send
 from pallas_kernels.tiles import ALONG_ROWS, TILE, WGMMA, over_columns, zeros
@@ -98,7 +98,7 @@ def read_pull(
         plgpu.commit_smem()
 
         def step(s, sums):
-            raw, d_raw, d_query, d_kept, d_carried = sums
+            raw, d_raw, d_query, d_kept, d_carried = lax.optimization_barrier(sums)
             first, second, inputs, operands, scaled, d_scores, query, tile = anew(all_tiles, s)
             units = block(s)
             rows = units, pl.ds(F + s * TILE, TILE)
@@ -113,8 +113,9 @@ def read_pull(
                 (memories.hidden.at[(*here, slice(None), units)], inputs),
             )
             z = products.product(operands, first)
-            x, slope = by_halves(lambda z: plan.activate(z)[:2], z)
+            x, _, _ = plan.activate(z)
             put(tile, x)
+            z = lax.optimization_barrier(z.astype(jnp.bfloat16))
             plgpu.commit_smem()
             raw, d_x = products.accumulate_both(
                 (raw, tile, inputs.transpose((1, 0))),
@@ -122,7 +123,8 @@ def read_pull(
             )
             d_x = products.accumulate(d_x, scaled[1], second[1].transpose((1, 0)))
             d_x = products.accumulate(d_x, d_scores, inputs)
-            d_z = (d_x * slope.astype(jnp.float32)).astype(jnp.bfloat16)
+            _, slope, _ = plan.activate(z.astype(jnp.float32))
+            d_z = (d_x * slope).astype(jnp.bfloat16)
             put(inputs, products.product(d_scores.transpose((1, 0)), tile))
             for target, gradient in zip(second, scaled, strict=True):
                 put(target, products.product(tile.transpose((1, 0)), gradient))

@@ -84,11 +84,12 @@ PACKED = [[0] * 30 + [1] * 70 + [2] + [3] * 5 + [-1] * 2 + [4] * 64 + [5] * 3, [
 
 CASES = {
     # name: (B, T, N, M, hidden, H), documents
-    "two layers, a cluster of units, grouped queries, a rest": ((1, 140, 2, 1, (128,), 64), None),
-    "two layers of 128, a cluster of their halves": ((1, 128, 1, 1, (64,), 128), None),
-    "two layers, documents, going on inside a chunk": ((2, 175, 2, 1, (64,), 64), PACKED),
+    "two layers, a cluster of units, documents, going on inside a chunk, grouped queries": (
+        (2, 175, 2, 1, (128,), 64), PACKED,
+    ),
+    "two layers of 128, a cluster of their halves, a rest": ((1, 140, 1, 1, (64,), 128), None),
     "one layer of 128, documents, going on": ((2, 175, 1, 1, (), 128), PACKED),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -153,10 +154,14 @@ def test_long_sequences_and_two_layers_take_the_kernels_unasked(monkeypatch):
     monkeypatch.setattr(kernel.dispatch, "on_hopper", lambda: True)
     monkeypatch.setattr(jax, "device_count", lambda: 1)
 
-    def takes_them(*shape):
+    def takes_them(*shape, **options):
         arrays = jax.eval_shape(lambda: inputs(*shape))
-        return "neural_memory_walk" in str(jax.make_jaxpr(lambda x: neural_memory(**x))(arrays))
+        text = str(jax.make_jaxpr(lambda x: neural_memory(**x, **options))(arrays))
+        return "neural_memory_walk" in text
 
     assert takes_them(1, 8192, 1, 1, (64,))
     assert not takes_them(1, 8191, 1, 1, (64,))
     assert not takes_them(1, 8192, 1, 1, ())
+    assert not takes_them(1, 8192, 1, 1, (64,), 128)
+    ids = jnp.zeros((1, 8192), jnp.int32)
+    assert not takes_them(1, 8192, 1, 1, (64,), segment_ids=ids)
