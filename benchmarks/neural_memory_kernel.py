@@ -107,8 +107,8 @@ class Case:
         """A function of all inputs but the gradient."""
         H, ids = self.H, None
         if self.documents is not None:
-            row = np.arange(self.T, dtype=np.int32) * self.documents // self.T
-            ids = np.broadcast_to(row, (self.B, self.T))
+            row = jnp.arange(self.T, dtype=jnp.int32) * self.documents // self.T
+            ids = jnp.broadcast_to(row, (self.B, self.T))
 
         def run(q, k, v, rate, momentum, decay, network) -> Any:
             return neural_memory(

@@ -59,15 +59,13 @@ def token_gradients(
       d_first: gradient of the outputs of the first layer, `[B,M,n,64,out]`.
       d_outputs: of the last.
     """
-    d_shares, d_keys = 0, None
+    d_shares, pulled_back = jnp.zeros_like(shares), []
     for key, stacked, gradients in zip(inputs, kept, pulled, strict=True):
         size = key.shape[-1]
         w, s, e = jnp.split(stacked, (size, 2 * size), axis=-2)
         a, b = jnp.split(gradients, 2, axis=-2)
         through = [_einsum("...th,...fh->...tf", e, x) for x in (a, b)]
-        if d_keys is None:
-            d_keys = _einsum("...th,...fh->...tf", d_first, w)
-            d_keys -= sum(shares[..., i, :, None] * x for i, x in enumerate(through))
+        pulled_back.append(sum(shares[..., i, :, None] * x for i, x in enumerate(through)))
         # What came in is scaled by one number, which stands in all of a row.
         sums = (
             jnp.sum(x.astype(jnp.float32) * y, axis=(-2, -1)) for x, y in ((a, w), (a, s), (b, s))
@@ -75,6 +73,8 @@ def token_gradients(
         rows = [-jnp.sum(key * x, axis=-1) for x in through]
         rows += [jnp.broadcast_to(x[..., None] / TILE, rows[0].shape) for x in sums]
         d_shares += jnp.stack(rows, axis=-2)
+    first = kept[0][..., : inputs[0].shape[-1], :]
+    d_keys = _einsum("...th,...fh->...tf", d_first, first) - pulled_back[0]
     return by_token(d_keys.astype(d_outputs.dtype)), by_token(-d_outputs), d_shares
 
 

@@ -29,7 +29,8 @@ def _train_forward(plan, k, v, shares, starts, course):
 
 def _train_backward(plan, residuals, cotangents):
     k, shares, kept, course = residuals
-    pulled, d_outputs, d_starts = linear_pull(plan, k, shares, *cotangents, course)
+    d_kept, d_ends = cotangents
+    pulled, d_outputs, d_starts = linear_pull(plan, k, shares, d_kept, d_ends, course)
     d_tokens = einsums.token_gradients(
         shares, [einsums.by_chunk(k)], [kept], [pulled], d_outputs, d_outputs
     )

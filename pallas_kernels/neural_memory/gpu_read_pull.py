@@ -98,7 +98,7 @@ def read_pull(
         plgpu.commit_smem()
 
         def step(s, sums):
-            raw, d_raw, d_query, d_kept, d_carried = lax.optimization_barrier(sums)
+            raw, d_raw, d_query, d_kept, d_carried = sums
             first, second, inputs, operands, scaled, d_scores, query, tile = anew(all_tiles, s)
             units = block(s)
             rows = units, pl.ds(F + s * TILE, TILE)
@@ -113,10 +113,10 @@ def read_pull(
                 (memories.hidden.at[(*here, slice(None), units)], inputs),
             )
             z = products.product(operands, first)
-            x, _, _ = plan.activate(z)
-            put(tile, x)
-            z = lax.optimization_barrier(z.astype(jnp.bfloat16))
+            put(tile, plan.activate(z)[0])
             plgpu.commit_smem()
+            # Until its slope is needed it waits in bfloat16: registers are short.
+            z = lax.optimization_barrier(z.astype(jnp.bfloat16))
             raw, d_x = products.accumulate_both(
                 (raw, tile, inputs.transpose((1, 0))),
                 (zeros(TILE), scaled[0], second[0].transpose((1, 0))),

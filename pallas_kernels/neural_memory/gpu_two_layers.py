@@ -48,7 +48,8 @@ def _train_forward(plan, k, v, shares, starts, course):
 
 def _train_backward(plan, residuals, cotangents):
     k, shares, memories, slopes, course = residuals
-    pulled, d_starts = pull(plan, k, shares, memories, slopes, *cotangents, course)
+    d_memories, d_ends = cotangents
+    pulled, d_starts = pull(plan, k, shares, memories, slopes, d_memories, d_ends, course)
     H, F = k.shape[-1], memories.hidden.shape[-1]
     if H == TILE:
         d_tokens = token_gradients(plan, k, shares, memories, pulled, course)

@@ -186,8 +186,8 @@ def walk(
                     (tiles.momentum, first.at[(*at, block(parts + part), units)]),
                 )
                 _, slope, bend = plan.activate(lax.optimization_barrier(z))
+                rows = [slope_tiles.at[block(i)] for i in range(2)] if keep else []
                 if keep:
-                    rows = [slope_tiles.at[block(i)] for i in range(2)]
                     put(rows, (slope, bend))
                 state = shares.decay(*state)
                 plgpu.barrier_wait(ready.errors)

@@ -45,12 +45,19 @@ class Windows(NamedTuple):
 
     def split(self) -> tuple["Windows", "Windows"]:
         """The first window, and the others."""
-        width = self.used.shape[-1]
-        tokens, slots, *marks, position = self
-        later = jnp.where(slots < width, tokens.shape[1], slots - width)
+        width, most = self.used.shape[-1], self.tokens.shape[1]
+
+        def take(windows: slice, tokens: Array, slots: Array) -> "Windows":
+            return self._replace(
+                tokens=tokens, slots=slots, used=self.used[windows], first=self.first[windows],
+                starts_document=self.starts_document[windows],
+                starts_chunk=self.starts_chunk[windows],
+            )  # fmt: skip
+
+        later = jnp.where(self.slots < width, most, self.slots - width)
         return (
-            Windows(tokens[:, :width], slots, *(x[:1] for x in marks), position),
-            Windows(tokens[:, width:], later, *(x[1:] for x in marks), position),
+            take(slice(1), self.tokens[:, :width], self.slots),
+            take(slice(1, None), self.tokens[:, width:], later),
         )
 
 
