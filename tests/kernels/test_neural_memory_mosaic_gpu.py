@@ -85,7 +85,7 @@ PACKED = [[0] * 30 + [1] * 70 + [2] + [3] * 5 + [-1] * 2 + [4] * 64 + [5] * 3, [
 CASES = {
     # name: (B, T, N, M, hidden, H), documents
     "two layers, a cluster of units, documents, going on inside a chunk, grouped queries": (
-        (2, 175, 2, 1, (128,), 64), PACKED,
+        (1, 100, 2, 1, (128,), 64), [[0] * 30 + [1] * 3 + [2] * 66 + [-1]],
     ),
     "two layers of 128, a cluster of their halves, a rest": ((1, 140, 1, 1, (64,), 128), None),
     "one layer of 128, documents, going on": ((2, 175, 1, 1, (), 128), PACKED),
