@@ -23,7 +23,10 @@
 # mechanisms of the library.
 
 # %% tags=["skip-execution"]
-# %pip install -q "lcattn[train]"
+# In Colab: put the repository beside this notebook first, in a folder `lcattn` (clone or upload).
+# On a GPU install "./lcattn[train,cuda]", on a TPU "./lcattn[train,tpu]": JAX and its plugin must
+# be of one version.
+# %pip install -q "./lcattn[train]"
 
 # %%
 import jax

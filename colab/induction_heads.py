@@ -22,7 +22,10 @@
 # `python -m experiments.in_context_classification` are the longer versions.
 
 # %% tags=["skip-execution"]
-# %pip install -q "lcattn[train]"
+# In Colab: put the repository beside this notebook first, in a folder `lcattn` (clone or upload).
+# On a GPU install "./lcattn[train,cuda]", on a TPU "./lcattn[train,tpu]": JAX and its plugin must
+# be of one version.
+# %pip install -q "./lcattn[train]"
 
 # %%
 import jax
@@ -148,12 +151,18 @@ learned = training.train_seeds(
     two, training.SeedsConfig(num_steps=600, num_seeds=3, eval_every=60, optimizer=descent)
 )
 figure, axes = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
-for name in ("context_label", "ic/accuracy", "first_to_item", "second_to_right_labels"):
-    band(axes[0], learned.steps, learned.metrics[name], name)
+measures = {
+    "context_label": "answers with some label of the context",
+    "ic/accuracy": "answers with the right label",
+    "first_to_item": "layer 1: labels look at their items",
+    "second_to_right_labels": "layer 2: target looks at right labels",
+}
+for name, label in measures.items():
+    band(axes[0], learned.steps, learned.metrics[name], label)
 for name in ("beta1", "beta2"):
     band(axes[1], learned.steps, learned.metrics[name], name)
-for ax in axes:
-    ax.set_xlabel("steps")
+for ax, label in zip(axes, ("share", "value of the parameter"), strict=True):
+    ax.set(xlabel="steps", ylabel=label)
     ax.legend()
 plt.show()
 

@@ -18,10 +18,14 @@
 #
 # Attention mechanisms as plain JAX functions; the same mechanisms as layers that stream; a small
 # language model built from them; and the experiment that shows what they trade: **recall against
-# the size of the state**. Runs on a CPU in about two minutes; a GPU or TPU needs no change.
+# the size of the state**. Runs on a CPU in about two minutes; a GPU or TPU changes nothing but what
+# the next cell installs.
 
 # %% tags=["skip-execution"]
-# %pip install -q "lcattn[train]"
+# In Colab: put the repository beside this notebook first, in a folder `lcattn` (clone or upload).
+# On a GPU install "./lcattn[train,cuda]", on a TPU "./lcattn[train,tpu]": JAX and its plugin must
+# be of one version.
+# %pip install -q "./lcattn[train]"
 
 # %%
 import tempfile

@@ -1,7 +1,7 @@
 """What several seeds say together: a mean, the interval it is known to, and what others found."""
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -76,6 +76,28 @@ class Comparison(NamedTuple):
     quoted: float
     source: str
     ours: Sequence[float]
+
+
+class Quoted(NamedTuple):
+    """A figure to set ours beside.
+
+    Attributes:
+      of: the model or the setting.
+      what: what was measured, in words.
+      quoted: the figure.
+      source: where it is from.
+      ours: finds the same in the record of our run, a number for each seed.
+    """
+
+    of: str
+    what: str
+    quoted: float
+    source: str
+    ours: Callable[[Any], Sequence[float]]
+
+    def beside(self, record: Any) -> Comparison:
+        """This figure and that of a record."""
+        return Comparison(*self[:4], ours=self.ours(record))
 
 
 def comparison_table(comparisons: Iterable[Comparison]) -> Table:

@@ -13,19 +13,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from experiments import cli, reporting
 from experiments.estimates import Estimate, curve
 from experiments.figures import Figure, Panel
 from experiments.reporting import Report, Table
-from experiments.sweep import folder
-from lcattn.errors import argument_error
+from experiments.sweep import check_names, train_seeds_each
 from lcattn.models import LMConfig
 from lcattn.probes.forgetting import ResetConfig, RolesProblem
 from lcattn.tasks.roles import RolesConfig
-from lcattn.training import SeedsConfig, train_seeds
+from lcattn.training import SeedsConfig
 
 SETS = {
     "validation": "validation",
@@ -64,21 +62,20 @@ def forgetting(
       run_dir: receives a folder for each run, `results.json`, `report.md` and the figure.
     """
     start, environment = time.monotonic(), reporting.environment()
-    if not schedules:
-        raise argument_error("forgetting.schedules", "at least one", "none")
+    check_names(schedules, "forgetting.schedules")
+    problems = {
+        name: RolesProblem(model=model, data=data, reset=reset, batch_size=batch_size)
+        for name, reset in schedules.items()
+    }
     runs = {}
-    for name, reset in schedules.items():
-        print(name, flush=True)
-        problem = RolesProblem(model=model, data=data, reset=reset, batch_size=batch_size)
-        result = train_seeds(problem, training, run_dir / "models" / folder(name))
+    for name, result in train_seeds_each(problems, training, run_dir / "models"):
         runs[name] = {
-            "every": reset.every,
-            "until": reset.until,
+            "every": schedules[name].every,
+            "until": schedules[name].until,
             "steps": result.steps.tolist(),
             "losses": result.losses.tolist(),
             **{key: values.tolist() for key, values in result.metrics.items()},
         }
-        jax.clear_caches()  # Programs hold memory maps, of which a process has only so many.
     results = {
         "script": "forgetting",
         "environment": environment,

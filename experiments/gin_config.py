@@ -201,8 +201,9 @@ def _one_line_errors(place: str = "") -> Iterator[None]:
     except RecursionError:
         raise UsageError("a macro or reference in the config refers to itself") from None
     except _GIN_ERRORS as error:
-        place = _place(error) or place
-        raise UsageError(f"{place}: {_reason(error)}" if place else _reason(error)) from error
+        place, reason = _place(error) or place, _reason(error)
+        is_said = reason.startswith(f"{place}: ")
+        raise UsageError(reason if is_said or not place else f"{place}: {reason}") from error
 
 
 def _place(error: BaseException) -> str:

@@ -14,14 +14,14 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
 from rich.console import Console
 
 from experiments import cli, reporting
-from experiments.estimates import Comparison, Estimate, comparison_table, curve
+from experiments.estimates import Estimate, Quoted, comparison_table, curve
 from experiments.figures import Figure, Panel, Series
 from experiments.reporting import Report, Table
 from lcattn.errors import argument_error
@@ -42,16 +42,6 @@ ACCURACIES = {
 
 _RUN = "reference run, seed 0"
 _MODEL = "reconstruction"
-
-
-class Quoted(NamedTuple):
-    """A figure to set ours beside: `ours` finds it in the results, a number for each seed."""
-
-    of: str
-    what: str
-    number: float
-    source: str
-    ours: Callable[[Mapping[str, Any]], Any]
 
 
 def _small(name: str) -> Callable[[Mapping[str, Any]], Any]:
@@ -262,7 +252,7 @@ def comparison(results: Mapping[str, Any]) -> Table:
     found = []
     for quoted in QUOTED:
         with contextlib.suppress(KeyError, ValueError):  # of a setting that was not run
-            found.append(Comparison(*quoted[:4], ours=quoted.ours(results)))
+            found.append(quoted.beside(results))
     return comparison_table(found)
 
 

@@ -12,45 +12,25 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
 from flax import nnx
-from rich.console import Console
 
 from experiments import cli, reporting
-from experiments.estimates import Comparison, Estimate, comparison_table, curve
+from experiments.estimates import Estimate, Quoted, comparison_table, curve
 from experiments.figures import Figure, HeatMap, Panel, Series
 from experiments.reporting import Report, Table, show_bytes
-from experiments.sweep import folder
+from experiments.sweep import folder, train_seeds_each
 from lcattn import probes
-from lcattn.errors import argument_error
 from lcattn.models import LMConfig
 from lcattn.probes import InductionProblem
-from lcattn.training import SeedsConfig, SeedsResult, train_seeds
+from lcattn.training import SeedsConfig, SeedsResult
 
 _SHARES = (-0.02, 1.02)
 CURVES = ("loss", "in_context_score", "first_loss", "repeat_loss", "repeat_accuracy", "copied")
 HEADS = ("prefix_matching", "previous_token", "duplicate_token", "copying")
-
-
-class Quoted(NamedTuple):
-    """A figure to set ours beside.
-
-    Attributes:
-      model: the name of the model in the config.
-      what: what was measured, in words.
-      number: the figure.
-      source: where it is from.
-      ours: the same of a model's record, a number for each seed.
-    """
-
-    model: str
-    what: str
-    number: float
-    source: str
-    ours: Any
 
 
 def _final(name: str) -> Any:
@@ -106,18 +86,12 @@ def induction_heads(
       run_dir: receives a folder for each model, `results.json`, `report.md` and the figures.
     """
     start, environment = time.monotonic(), reporting.environment()
-    if not models or len({folder(name) for name in models}) < len(models):
-        expected = "at least one, of names that differ in letters or digits"
-        raise argument_error("models", expected, list(models))
     problems = {name: problem.replace(model=model) for name, model in models.items()}
-    records, token_losses = {}, {}
-    for number, (name, each) in enumerate(problems.items(), start=1):
-        Console().rule(f"{name} ({number} of {len(models)})")
-        begun = time.monotonic()
-        result = train_seeds(each, training, run_dir / folder(name))
-        records[name] = {**record(each, result), "seconds": time.monotonic() - begun}
-        token_losses[name] = result.metrics["token_losses"]
-        jax.clear_caches()  # Programs hold memory maps, of which a process has only so many.
+    records, token_losses, begun = {}, {}, start
+    for name, result in train_seeds_each(problems, training, run_dir):
+        found, now = record(problems[name], result), time.monotonic()
+        records[name] = {**found, "seconds": now - begun}
+        token_losses[name], begun = result.metrics["token_losses"], now
     results = {
         "script": "induction_heads",
         "environment": environment,
@@ -193,7 +167,7 @@ def report(results: Mapping[str, Any]) -> Report:
         "no layer has an attention map. The window is where the in-context score falls fastest (at "
         "half of the largest rate or more), median over seeds.",
     ]
-    if any(quoted.model in models for quoted in QUOTED):
+    if any(quoted.of in models for quoted in QUOTED):
         blocks += [
             comparison(models),
             "The reference run is an independent implementation with learned positions, Adam at "
@@ -474,9 +448,7 @@ def roles_table(models: Mapping[str, Any]) -> Table:
 def comparison(models: Mapping[str, Any]) -> Table:
     """The quoted figures of the models that were trained."""
     return comparison_table(
-        Comparison(*quoted[:4], ours=quoted.ours(models[quoted.model]))
-        for quoted in QUOTED
-        if quoted.model in models
+        quoted.beside(models[quoted.of]) for quoted in QUOTED if quoted.of in models
     )
 
 

@@ -20,12 +20,11 @@ from experiments import cli, reporting
 from experiments.estimates import Estimate, curve
 from experiments.figures import Figure, Panel, Series
 from experiments.reporting import Report, Table
-from experiments.sweep import folder
-from lcattn.errors import argument_error
+from experiments.sweep import check_names, train_seeds_each
 from lcattn.models import LMConfig
 from lcattn.probes.languages import LanguageProblem, language_scores
 from lcattn.tasks.languages import LanguagesConfig, backoff_laws
-from lcattn.training import SeedsConfig, train_seeds
+from lcattn.training import SeedsConfig
 
 BINS = 16
 """Points of the curve over positions."""
@@ -66,27 +65,24 @@ def languages(
       run_dir: receives a folder for each run, `results.json`, `report.md` and the figures.
     """
     start, environment = time.monotonic(), reporting.environment()
+    pairs = [(name, count) for name in models for count in instances or (data.num_train,)]
+    check_names([f"{name}_{count}" for name, count in pairs], "languages.models")
     problems = {
-        (name, count): LanguageProblem(
-            model=model, data=data, batch_size=batch_size, num_instances=count
+        f"{name}_{count}": LanguageProblem(
+            model=models[name], data=data, batch_size=batch_size, num_instances=count
         )
-        for name, model in models.items()
-        for count in instances or (data.num_train,)
+        for name, count in pairs
     }
-    if not problems:
-        raise argument_error("languages.models", "at least one", "none")
     runs: dict[str, dict[str, Any]] = {name: {} for name in models}
     edges = bin_edges(data.make().test.weights)
-    for (name, count), problem in problems.items():
-        print(f"{name}, {count:,} rows", flush=True)
-        result = train_seeds(problem, training, run_dir / "models" / folder(f"{name}_{count}"))
+    trained = train_seeds_each(problems, training, run_dir / "models")
+    for (name, count), (_, result) in zip(pairs, trained, strict=True):
         runs[name][str(count)] = {
             "steps": result.steps.tolist(),
             "losses": result.losses.tolist(),
             "num_parameters": sum(p[0].size for p in jax.tree.leaves(result.params)),
             **summary(result.metrics, edges),
         }
-        jax.clear_caches()  # Programs hold memory maps, of which a process has only so many.
     results = {
         "script": "languages",
         "environment": environment,

@@ -13,19 +13,18 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from experiments import cli, reporting
 from experiments.estimates import Estimate, curve
 from experiments.figures import Figure, Panel, Series
 from experiments.reporting import Report, Table
-from experiments.sweep import folder
+from experiments.sweep import check_names, train_seeds_each
 from lcattn.errors import argument_error
 from lcattn.models import LMConfig
 from lcattn.probes.length_generalization import AlgorithmicProblem
 from lcattn.tasks.algorithmic import PROGRAMS, AlgorithmicConfig
-from lcattn.training import SeedsConfig, train_seeds
+from lcattn.training import SeedsConfig
 
 PUBLISHED_LENGTH = 20
 PUBLISHED = {
@@ -73,23 +72,22 @@ def length_generalization(
         if name not in tasks or not set(names) <= set(models):
             expected = f"names of tasks {list(tasks)} and models {list(models)}"
             raise argument_error("length_generalization.only", expected, {name: names})
+    pairs = [(task, name) for task in tasks for name in only.get(task, models)]
+    check_names([f"{task}_{name}" for task, name in pairs], "length_generalization.tasks")
     problems = {
-        (task, name): AlgorithmicProblem(model=models[name], data=data, batch_size=batch_size)
-        for task, data in tasks.items()
-        for name in only.get(task, models)
+        f"{task}_{name}": AlgorithmicProblem(
+            model=models[name], data=tasks[task], batch_size=batch_size
+        )
+        for task, name in pairs
     }
-    if not problems:
-        raise argument_error("length_generalization.tasks", "at least one, and a model", "none")
     runs: dict[str, dict[str, Any]] = {name: {} for name in tasks}
-    for (task, name), problem in problems.items():
-        print(f"{task}, {name}", flush=True)
-        result = train_seeds(problem, training, run_dir / "models" / folder(f"{task}_{name}"))
+    trained = train_seeds_each(problems, training, run_dir / "models")
+    for (task, name), (_, result) in zip(pairs, trained, strict=True):
         runs[task][name] = {
             "steps": result.steps.tolist(),
             "losses": result.losses.tolist(),
             **{key: values.tolist() for key, values in result.metrics.items()},
         }
-        jax.clear_caches()  # Programs hold memory maps, of which a process has only so many.
     results = {
         "script": "length_generalization",
         "environment": environment,

@@ -1,6 +1,7 @@
 """What gin knows: config classes, and factories of configs, by their own names.
 
-Everything that a .gin file may build is listed here and nowhere else.
+Everything that a .gin file may build is listed here and nowhere else, but for mixers: those are
+all that `lcattn.nn` exports.
 """
 
 from experiments import benchmarks, regression
@@ -12,30 +13,18 @@ from lcattn.probes import regression as regression_probes
 from lcattn.tasks import algorithmic, languages, roles
 from lcattn.tasks import regression as regression_tasks
 
+
+def mixer_configs() -> tuple[type[nn.MixerConfig], ...]:
+    """Every config that `lcattn.nn` exports and that builds a mixer, by name."""
+    exported = (getattr(nn, name) for name in sorted(nn.__all__))
+    configs = (c for c in exported if isinstance(c, type) and issubclass(c, nn.MixerConfig))
+    return tuple(c for c in configs if not getattr(c.make, "__isabstractmethod__", False))
+
+
 CONFIGURABLES = (
     models.LMConfig,
+    *mixer_configs(),
     forgetting.ResetConfig,
-    nn.AgentAttentionConfig,
-    nn.CoreContextAttentionConfig,
-    nn.DeltaNetConfig,
-    nn.GatedDeltaNetConfig,
-    nn.GatedLinearAttentionConfig,
-    nn.HyperAttentionConfig,
-    nn.LinearAttentionConfig,
-    nn.MemoryAsContextConfig,
-    nn.MemoryAsGateConfig,
-    nn.MemoryAsLayerConfig,
-    nn.NGramHeadsConfig,
-    nn.NeuralMemoryConfig,
-    nn.PersistentAttentionConfig,
-    nn.PrefixLinearAttentionConfig,
-    nn.RetentionConfig,
-    nn.RoutingAttentionConfig,
-    nn.SelectiveAttentionConfig,
-    nn.ShortConvolutionConfig,
-    nn.SmearedAttentionConfig,
-    nn.SoftmaxAttentionConfig,
-    nn.SoftplusAttentionConfig,
     probes.InductionProblem,
     classification.AttentionNetwork,
     classification.ItemLabelProblem,

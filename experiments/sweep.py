@@ -1,7 +1,7 @@
-"""Models that differ in one thing, trained one after another, each in a folder of its own."""
+"""Runs that differ in one thing, one after another, each in a folder of its own."""
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from experiments.train import check_vocabulary, train_and_record
 from lcattn.errors import argument_error
 from lcattn.models import LM, LMConfig
 from lcattn.tasks import Task
-from lcattn.training import TrainConfig
+from lcattn.training import Problem, SeedsConfig, SeedsResult, TrainConfig, train_seeds
 
 
 def train_each(
@@ -37,10 +37,7 @@ def train_each(
       ValueError: if there is no model, two names share a folder, or a model cannot be built or does
         not fit the task.
     """
-    if not models:
-        raise argument_error("models", "at least one", "none")
-    if len({folder(name) for name in models}) < len(models):
-        raise argument_error("models", "names that differ in letters or digits", list(models))
+    check_names(models)
     for config in models.values():
         check_vocabulary(config, task)
         nnx.eval_shape(lambda config=config: config.make(nnx.Rngs(0)))
@@ -49,8 +46,40 @@ def train_each(
         console.rule(f"{name} ({number} of {len(models)})")
         model, record = train_and_record(task, config, training, run_dir / folder(name))
         yield name, model, record
-        # Programs hold memory maps, of which a process has only so many.
-        jax.clear_caches()
+        jax.clear_caches()  # Programs hold memory maps, of which a process has only so many.
+
+
+def train_seeds_each(
+    problems: Mapping[str, Problem], training: SeedsConfig, run_dir: Path
+) -> Iterator[tuple[str, SeedsResult]]:
+    """Trains the seeds of each problem; those finished in their folder are read back instead.
+
+    Args:
+      problems: by name; the name, spelled for a file system, is the folder.
+      training: the runs, the same for all.
+      run_dir: receives the folders.
+
+    Yields:
+      Name, and the runs of all seeds.
+
+    Raises:
+      ValueError: if there is no problem, or two names share a folder.
+    """
+    check_names(problems)
+    console = Console()
+    for number, (name, problem) in enumerate(problems.items(), start=1):
+        console.rule(f"{name} ({number} of {len(problems)})")
+        yield name, train_seeds(problem, training, run_dir / folder(name))
+        jax.clear_caches()  # Programs hold memory maps, of which a process has only so many.
+
+
+def check_names(names: Iterable[str], argument: str = "models") -> None:
+    """Checks that there are runs, and that no two share a folder."""
+    names = list(names)
+    if not names:
+        raise argument_error(argument, "at least one", "none")
+    if len({folder(name) for name in names}) < len(names):
+        raise argument_error(argument, "names that differ in letters or digits", names)
 
 
 def folder(name: str) -> str:

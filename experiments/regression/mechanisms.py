@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from rich.console import Console
 
 from experiments.regression.study import Study, curves
-from experiments.sweep import folder
+from experiments.sweep import folder, train_seeds_each
 from lcattn.nn import MixerConfig
 from lcattn.probes.regression import (
     DescentConfig,
@@ -18,7 +17,6 @@ from lcattn.probes.regression import (
     best_rate,
 )
 from lcattn.tasks.regression import LinearRegressionConfig
-from lcattn.training import train_seeds
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,21 +50,22 @@ class MechanismStudy(Study):
         """Trains the seeds of every mechanism and gives the record."""
         rate = best_rate(self.task, jax.random.key(1), 50_000)
         references = {"GD": DescentConfig(rates=(rate,)), **self.descents}
-        measured, lines, console = {}, {}, Console()
-        for number, (name, mixer) in enumerate(self.mechanisms.items(), start=1):
-            console.rule(f"{name} ({number} of {len(self.mechanisms)})")
-            model = MixerRegressorConfig(
-                token_size=self.task.token_size, mixer=mixer, width=self.width
+        problems = {
+            name: RegressionProblem(
+                model=MixerRegressorConfig(
+                    token_size=self.task.token_size, mixer=mixer, width=self.width
+                ),
+                task=self.task,
+                references=references,
+                batch_size=self.batch_size,
+                eval_size=self.eval_size,
             )
-            problem = RegressionProblem(
-                model=model, task=self.task, references=references,
-                batch_size=self.batch_size, eval_size=self.eval_size,
-            )  # fmt: skip
-            result = train_seeds(problem, self.training, run_dir / folder(name))
+            for name, mixer in self.mechanisms.items()
+        }
+        measured, lines = {}, {}
+        for name, result in train_seeds_each(problems, self.training, run_dir):
             measured |= {f"{name}/{m}": result.final(m) for m in result.metrics}
             lines[name] = curves(result)
-            # Programs hold memory maps, of which a process has only so many.
-            jax.clear_caches()
         return self.record(
             measured, kind="mechanisms", mechanisms=list(self.mechanisms), curves=lines,
             references={name: list(d.rates) for name, d in references.items()},

@@ -76,11 +76,9 @@ def _generate(graph, parameters, prompt, rng, *, num_tokens, temperature, top_k,
         token = draw(logits[:, -1], key).astype(prompt.dtype)
         return (token, state), token
 
-    first_key, *keys = jax.random.split(rng, num_tokens)
-    first = draw(logits[:, -1], first_key).astype(prompt.dtype)
-    if num_tokens == 1:
-        return jnp.concatenate([prompt, first[:, None]], axis=1)
-    _, rest = lax.scan(step, (first, state), jnp.stack(keys))
+    keys = jax.random.split(rng, num_tokens)
+    first = draw(logits[:, -1], keys[0]).astype(prompt.dtype)
+    _, rest = lax.scan(step, (first, state), keys[1:])
     return jnp.concatenate([prompt, first[:, None], rest.T], axis=1)
 
 

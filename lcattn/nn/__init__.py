@@ -13,7 +13,11 @@ from lcattn.nn.gated_linear_attention import (
 from lcattn.nn.heads import HeadsConfig, HeadsMixer
 from lcattn.nn.hyper_attention import HyperAttention, HyperAttentionConfig
 from lcattn.nn.layers import SwiGLU
-from lcattn.nn.linear_attention import LinearAttention, LinearAttentionConfig
+from lcattn.nn.linear_attention import (
+    FeatureMapConfig,
+    LinearAttention,
+    LinearAttentionConfig,
+)
 from lcattn.nn.memory_as_context import ContextState, MemoryAsContext, MemoryAsContextConfig
 from lcattn.nn.memory_hybrids import (
     HybridState,
@@ -31,7 +35,7 @@ from lcattn.nn.prefix_linear_attention import (
     PrefixLinearAttentionConfig,
     PrefixLinearAttentionState,
 )
-from lcattn.nn.recurrent import RecurrentState
+from lcattn.nn.recurrent import RecurrentConfig, RecurrentState
 from lcattn.nn.routing_attention import RoutingAttention, RoutingAttentionConfig, RoutingState
 from lcattn.nn.selective_attention import SelectiveAttention, SelectiveAttentionConfig
 from lcattn.nn.short_convolution import (
@@ -56,6 +60,7 @@ __all__ = [
     "CoreContextAttention",
     "CoreContextAttentionConfig",
     "DeltaNetConfig",
+    "FeatureMapConfig",
     "GatedDeltaNet",
     "GatedDeltaNetConfig",
     "GatedLinearAttention",
@@ -86,6 +91,7 @@ __all__ = [
     "PrefixLinearAttention",
     "PrefixLinearAttentionConfig",
     "PrefixLinearAttentionState",
+    "RecurrentConfig",
     "RecurrentState",
     "RetentionConfig",
     "RoutingAttention",

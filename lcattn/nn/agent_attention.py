@@ -35,7 +35,7 @@ class AgentState:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AgentAttentionConfig(HeadsConfig):
-    """A few agents read the tokens, and the tokens read the agents.
+    """Agent attention (arXiv 2312.08874): a few agents read the tokens, and tokens the agents.
 
     Attributes:
       num_agents: n, the dial between state size and recall. On a grid, agents of one axis times

@@ -15,7 +15,7 @@ from lcattn.typing import Array, Hidden
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CoreContextAttentionConfig(AttentionConfig):
-    """Recent tokens one by one, far ones by groups; see `lcattn.ops`.
+    """Core context attention, CCA (arXiv 2412.12465): recent tokens one by one, far ones in groups.
 
     Attributes:
       group_size: tokens a group; 16 as published.

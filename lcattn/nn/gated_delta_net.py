@@ -16,7 +16,7 @@ from lcattn.typing import Array, Hidden, Positions
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GatedDeltaNetConfig(RecurrentConfig):
-    """A state that forgets and corrects itself. The defaults are Gated DeltaNet (arXiv 2412.06464).
+    """Gated DeltaNet (arXiv 2412.06464): a state that forgets, and corrects what it holds.
 
     Attributes:
       decay: let the state decay; off, it is the plain delta rule.

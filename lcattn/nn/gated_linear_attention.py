@@ -16,7 +16,7 @@ from lcattn.typing import Array, Hidden, Positions
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GatedLinearAttentionConfig(RecurrentConfig):
-    """Linear attention with a decaying state. The defaults are GLA (arXiv 2312.06635).
+    """Gated linear attention, GLA (arXiv 2312.06635): a state whose channels decay as tokens say.
 
     Attributes:
       decay: "channel": one gate a channel of a key head, from a projection of low rank (GLA);

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from lcattn.nn.layers import merge_heads, projection, split_heads
-from lcattn.nn.mixer import Mixer, MixerConfig
+from lcattn.nn.mixer import Mixer, MixerConfig, check_hidden
 from lcattn.typing import Array, Float, Hidden
 
 
@@ -89,6 +89,7 @@ class HeadsMixer[C: HeadsConfig](Mixer):
         self, x: Hidden
     ) -> tuple[Float[Array, "B T N F"], Float[Array, "B T K F"], Float[Array, "B T K H"]]:
         """Heads of queries, keys and values."""
+        check_hidden(x, self.config.require_width())
         return self.split(self.query(x), self.key(x), self.value(x))
 
     def one_hot_values(self, x: Hidden) -> Float[Array, "B T K T"]:

@@ -15,7 +15,7 @@ from lcattn.typing import Array
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class HyperAttentionConfig(AttentionConfig):
-    """Alike keys found by hashing, the others estimated from a sample; see `lcattn.ops`.
+    """HyperAttention (arXiv 2310.05869): alike keys found by hashing, the others from a sample.
 
     Attributes:
       num_projections: hyperplanes of the hash; 7 as published.

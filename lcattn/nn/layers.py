@@ -108,12 +108,12 @@ def layer_norm(size: int, *, dtype: str | None, rngs: nnx.Rngs) -> nnx.LayerNorm
 
 def split_heads(x: Array, num_heads: int) -> Array:
     """`[B,T,N·H] -> [B,T,N,H]`."""
-    return x.reshape(*x.shape[:-1], num_heads, -1)
+    return x.reshape(*x.shape[:-1], num_heads, x.shape[-1] // num_heads)
 
 
 def merge_heads(x: Array) -> Array:
     """`[B,T,N,H] -> [B,T,N·H]`."""
-    return x.reshape(*x.shape[:-2], -1)
+    return x.reshape(*x.shape[:-2], x.shape[-2] * x.shape[-1])
 
 
 def convolution_taps(

@@ -89,7 +89,10 @@ class FeatureMapMixer[C: FeatureMapConfig](HeadsMixer[C]):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LinearAttentionConfig(FeatureMapConfig):
-    """Attention by feature maps, with a state of fixed size; fields as in `FeatureMapConfig`."""
+    """Linear attention, by default BASED's (arXiv 2402.18668): the past in a state of fixed size.
+
+    All fields are those of `FeatureMapConfig`.
+    """
 
     def make(self, rngs: nnx.Rngs) -> "LinearAttention":
         """Builds the mixer."""

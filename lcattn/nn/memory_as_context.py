@@ -51,7 +51,7 @@ class ContextState:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MemoryAsContextConfig(HybridConfig):
-    """Titans MAC (arXiv 2501.00663, section 4.1).
+    """Titans MAC (arXiv 2501.00663, 4.1): segments attend to what a neural memory recalls for them.
 
     Attributes:
       segment_size: tokens C that attend to each other, and to what the memory of the segments

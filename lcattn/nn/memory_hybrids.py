@@ -78,7 +78,7 @@ class HybridMixer[C: HybridConfig](Mixer):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MemoryAsGateConfig(HybridConfig):
-    """Titans MAG (arXiv 2501.00663, section 4.2)."""
+    """Titans MAG (arXiv 2501.00663, 4.2): window attention gates what a neural memory answers."""
 
     def make(self, rngs: nnx.Rngs) -> "MemoryAsGate":
         """Builds the mixer."""
@@ -120,7 +120,7 @@ class MemoryAsGate(HybridMixer[MemoryAsGateConfig]):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MemoryAsLayerConfig(HybridConfig):
-    """Titans MAL (arXiv 2501.00663, section 4.3)."""
+    """Titans MAL (arXiv 2501.00663, 4.3): a neural memory, then window attention to its answers."""
 
     def make(self, rngs: nnx.Rngs) -> "MemoryAsLayer":
         """Builds the mixer."""

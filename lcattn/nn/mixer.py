@@ -12,6 +12,7 @@ from flax import nnx
 from lcattn.errors import argument_error
 from lcattn.nn.layers import LayerConfig
 from lcattn.ops import segment_positions
+from lcattn.ops.checks import check_segment_ids
 from lcattn.traits import Traits
 from lcattn.typing import Array, Float, Hidden, Positions, SegmentIds, Tokens
 
@@ -127,6 +128,14 @@ class MixerConfig(LayerConfig):
         """Builds the mixer. `width` must be set by then."""
 
 
+def check_hidden(x: Array, width: int) -> None:
+    """Checks inputs `[B,T,D]` of a mixer of this width."""
+    if x.ndim != 3 or x.shape[2] != width:
+        raise argument_error("x", f"shape [B,T,D] with D={width}", f"shape {x.shape}")
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise argument_error("x", "a floating-point dtype", x.dtype)
+
+
 def check_stream(x: Array, cached: Array) -> None:
     """Checks new tokens `[B,T,D]` against an array of the state, whose first axis is B too."""
     if x.ndim != 3 or x.shape[1] == 0:
@@ -138,6 +147,7 @@ def check_stream(x: Array, cached: Array) -> None:
 def default_positions(x: Hidden, segment_ids: SegmentIds | None) -> Positions:
     """Positions counted from 0 in each document."""
     if segment_ids is not None:
+        check_segment_ids(segment_ids, (x.shape[0], x.shape[1]))
         return segment_positions(segment_ids)
     return stream_positions(x, 0)
 

@@ -19,7 +19,7 @@ from lcattn.typing import Array, Float, Hidden, SegmentIds
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NeuralMemoryConfig(RecurrentConfig):
-    """The memory layer of Titans (arXiv 2501.00663), alone: no attention.
+    """The neural memory of Titans (arXiv 2501.00663) alone: a network trained by what it reads.
 
     The defaults keep training finite, whatever the gates learn: see `max_learning_rate`,
     `decay_bias` and `unit_values`. The paper gives no values for any of the fields below.

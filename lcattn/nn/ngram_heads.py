@@ -19,7 +19,7 @@ from lcattn.typing import Array, Float, Hidden, Int, Positions, SegmentIds, Toke
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NGramHeadsConfig(MixerConfig):
-    """Heads that attend to what followed the same last n tokens.
+    """N-gram heads (arXiv 2401.12973): the mean of what followed the same last n tokens.
 
     Attributes:
       orders: for each head its n, the number of tokens that have to match.
@@ -139,7 +139,7 @@ class NGramHeads(TokenMixer):
 
     def _mix(self, x: Hidden, heads: Float[Array, "B T O D"]) -> Hidden:
         every = jnp.concatenate([x[:, :, None], heads.astype(x.dtype)], axis=2)
-        return self.out(every.reshape(*x.shape[:2], -1))
+        return self.out(every.reshape(*x.shape[:2], every.shape[2] * every.shape[3]))
 
 
 def _present(tokens: Tokens | None) -> Tokens:

@@ -16,7 +16,7 @@ from lcattn.typing import Array, Float, Hidden
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PersistentAttentionConfig(SoftmaxAttentionConfig):
-    """The attention of Titans' hybrids: recent tokens and persistent ones.
+    """The attention of Titans' hybrids (arXiv 2501.00663): recent tokens and learned ones.
 
     Attributes:
       window: number of recent keys seen, the query's own included. None: all.

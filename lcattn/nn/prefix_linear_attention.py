@@ -18,7 +18,7 @@ from lcattn.typing import Array, Hidden, Int, Positions, SegmentIds
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PrefixLinearAttentionConfig(FeatureMapConfig):
-    """Linear attention that reads a prefix before it starts (Arora et al. 2024, arXiv 2407.05483).
+    """JRT (arXiv 2407.05483): linear attention that reads a prefix both ways before it starts.
 
     Attributes:
       prefix_length: tokens M at the start of each document that all of its tokens see. Shorter

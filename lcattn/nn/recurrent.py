@@ -11,7 +11,7 @@ from flax import nnx
 from lcattn import ops
 from lcattn.nn.heads import HeadsConfig, HeadsMixer
 from lcattn.nn.layers import convolution_taps, merge_heads, projection, rms_norm
-from lcattn.nn.mixer import check_stream, default_positions, stream_positions
+from lcattn.nn.mixer import check_hidden, check_stream, default_positions, stream_positions
 from lcattn.traits import Traits
 from lcattn.typing import Array, Float, Hidden, Int, Positions, SegmentIds
 
@@ -158,6 +158,7 @@ class RecurrentMixer[C: RecurrentConfig](HeadsMixer[C]):
     def _heads(self, x: Array, **options: Any) -> tuple[Array, Array, Array, Any]:
         """Queries, keys and values, and the last inputs of their convolution."""
         config = self.config
+        check_hidden(x, config.require_width())
         parts = [self.query(x), self.key(x), self.value(x)]
         inputs = options.get("initial_state")
         if config.kernel_size:

@@ -38,7 +38,7 @@ class RoutingState:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RoutingAttentionConfig(AttentionConfig):
-    """Some heads attend to a sliding window, the others by content; see `lcattn.ops`.
+    """Routing Transformer (arXiv 2003.05997): heads attend within clusters, or to a window.
 
     Attributes:
       num_local_heads: query heads with a window; the rest route. None: half, as published. Each

@@ -18,7 +18,7 @@ _INITIAL = {"raw": 0.0, "exp": 2.0, "sigmoid": 0.0}
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SelectiveAttentionConfig(SoftmaxAttentionConfig):
-    """Softmax attention whose queries and values have learned inverse temperatures.
+    """Selective attention, SSA (arXiv 2411.12892): softmax with learned temperatures of tokens.
 
     At its defaults the layer starts as `SoftmaxAttention` to the bit, so that it can replace one
     in a trained model.

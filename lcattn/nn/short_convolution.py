@@ -9,7 +9,7 @@ from flax import nnx
 
 from lcattn import ops
 from lcattn.nn.layers import convolution_taps, projection
-from lcattn.nn.mixer import Mixer, MixerConfig, check_stream
+from lcattn.nn.mixer import Mixer, MixerConfig, check_hidden, check_stream
 from lcattn.traits import Traits
 from lcattn.typing import Array, Float, Hidden, Positions, SegmentIds
 
@@ -25,7 +25,7 @@ class ConvolutionState:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ShortConvolutionConfig(MixerConfig):
-    """A depth-wise causal convolution with a multiplicative gate.
+    """BASED's BaseConv (arXiv 2402.18668): a short depth-wise convolution with a gate.
 
     Attributes:
       kernel_size: taps W.
@@ -97,6 +97,7 @@ class ShortConvolution(Mixer):
         return y, ConvolutionState(inputs.astype(state.inputs.dtype))
 
     def _mix(self, x: Array, **options) -> tuple[Array, Array]:
+        check_hidden(x, self.config.require_width())
         u, gate = jnp.split(self.input(x), 2, axis=-1)
         convolved, state = ops.short_convolution(
             u, self.taps[...], return_state=True,

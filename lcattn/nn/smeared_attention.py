@@ -15,7 +15,7 @@ from lcattn.typing import Array, Float, Hidden, Int, Positions
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SmearedAttentionConfig(SoftmaxAttentionConfig):
-    """Softmax attention whose keys mix in the key of the token before.
+    """Smeared keys (arXiv 2209.11895): softmax whose keys mix in the key of the token before.
 
     Attributes:
       smear_init: initial alpha; 0 mixes half and half. The larger, the closer to plain attention.

@@ -15,7 +15,7 @@ from lcattn.typing import Array
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SoftmaxAttentionConfig(AttentionConfig):
-    """Exact attention over all past tokens, or over a sliding window.
+    """Softmax attention, exact: over all past tokens, or over a sliding window.
 
     Attributes:
       window: number of keys seen, the query's own included. None: all.

@@ -13,7 +13,7 @@ from lcattn.typing import Array
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SoftplusAttentionConfig(AttentionConfig):
-    """Softplus attention that holds beyond the training length; see `lcattn.ops`.
+    """LSSA and LSSAR (arXiv 2501.13428): softplus scores that hold beyond the training length.
 
     Attributes:
       power: of the re-weighting; 15 extrapolates best, 3 is best at the training length. None: no

@@ -36,7 +36,8 @@ def pad(x: Array, multiple: int, axis: int, **options) -> Array:
 
 def group_queries(x: Array, num_kv_heads: int, block: int) -> Array:
     """`[B,T,N,H] -> [B,K,G,T,H]`, T padded to whole blocks."""
-    x = x.reshape(*x.shape[:2], num_kv_heads, -1, x.shape[-1])
+    B, T, N, H = x.shape
+    x = x.reshape(B, T, num_kv_heads, N // num_kv_heads, H)
     return pad(x.transpose(0, 2, 3, 1, 4), block, 3)
 
 
@@ -48,7 +49,8 @@ def group_keys(x: Array, block: int) -> Array:
 def ungroup(x: Array, length: int) -> Array:
     """`[B,K,G,T,...] -> [B,T,N,...]`, without the padding."""
     x = jnp.moveaxis(x[:, :, :, :length], 3, 1)
-    return x.reshape(*x.shape[:2], -1, *x.shape[4:])
+    B, T, K, G, *rest = x.shape
+    return x.reshape(B, T, K * G, *rest)
 
 
 def pad_visibility(seen: Visibility, t_block: int, s_block: int) -> Visibility:
@@ -67,8 +69,8 @@ class Walk:
         """Args: a `visibility` of whole blocks; `t_block` and `s_block`, their sizes."""
         self.visibility, self.t_block, self.s_block = visibility, t_block, s_block
         queries, begin, end = visibility
-        t_blocks = queries.reshape(len(queries), -1, 1, t_block)
-        begins, ends = (x.reshape(len(x), 1, -1, s_block) for x in (begin, end))
+        t_blocks = queries.reshape(len(queries), queries.shape[1] // t_block, 1, t_block)
+        begins, ends = (x.reshape(len(x), 1, x.shape[1] // s_block, s_block) for x in (begin, end))
         newest = jnp.max(t_blocks, axis=-1)
         oldest = jnp.min(jnp.where(t_blocks < 0, newest[..., None], t_blocks), axis=-1)
         visited = (jnp.min(begins, axis=-1) <= newest) & (oldest < jnp.max(ends, axis=-1))
@@ -131,4 +133,4 @@ def _block(x: Array, index: Array, size: int, axis: int) -> Array:
 def _join(x: Array) -> Array:
     """`[blocks, B, K, G, t, ...] -> [B, K, G, blocks · t, ...]`."""
     x = jnp.moveaxis(x, 0, 3)
-    return x.reshape(*x.shape[:3], -1, *x.shape[5:])
+    return x.reshape(*x.shape[:3], x.shape[3] * x.shape[4], *x.shape[5:])

@@ -41,10 +41,10 @@ def check_heads(q: Array, k: Array | None, v: Array, segment_ids: Array | None =
     Raises:
       ValueError: naming the first argument that does not fit, what was expected and what came.
     """
-    arrays = {"q": (q, "[B,T,N,F]"), "k": (k, "[B,S,K,F]"), "v": (v, "[B,S,K,H]")}
+    keys = {} if k is None else {"k": (k, "[B,S,K,F]")}
+    arrays = {"q": (q, "[B,T,N,F]"), **keys, "v": (v, "[B,S,K,H]")}
     for name, (array, axes) in arrays.items():
-        if array is None:
-            continue
+        check_array(name, array, axes)
         if array.ndim != 4:
             raise argument_error(name, f"4 axes {axes}", f"shape {array.shape}")
         if not jnp.issubdtype(array.dtype, jnp.floating):
@@ -76,6 +76,7 @@ def check_heads(q: Array, k: Array | None, v: Array, segment_ids: Array | None =
 
 def check_segment_ids(segment_ids: Array, shape: tuple[int, int]) -> None:
     """Checks shape and dtype and, outside `jit`, that ids never decrease along a row."""
+    check_array("segment_ids", segment_ids, "[B,T]")
     if segment_ids.shape != shape:
         raise argument_error("segment_ids", f"shape [B,T] = {shape}", f"{segment_ids.shape}")
     if not jnp.issubdtype(segment_ids.dtype, jnp.integer):
@@ -89,6 +90,12 @@ def check_segment_ids(segment_ids: Array, shape: tuple[int, int]) -> None:
                 "segment_ids", "ids that never decrease along a row (negative: padding)",
                 f"row {row} = {_shorten(ids)}",
             )  # fmt: skip
+
+
+def check_array(name: str, value: object, axes: str) -> None:
+    """Checks that a value is an array at all, and no list, say."""
+    if not (hasattr(value, "shape") and hasattr(value, "dtype")):
+        raise argument_error(name, f"an array {axes}", type(value).__name__)
 
 
 def check_shape(name: str, array: Array, shape: tuple[int, ...], axes: str) -> None:

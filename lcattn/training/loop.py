@@ -1,6 +1,7 @@
 """The loop: takes batches, makes steps, records, evaluates, saves, and continues where it was."""
 
 import collections
+import contextlib
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -68,9 +69,14 @@ def train(
             while not run.finished:
                 run.update()
                 run.act_on_schedule(interrupt)
-            return run.result()
-        finally:
-            run.close()
+            result = run.result()
+        except BaseException:
+            # Files that cannot be closed (on a full disk, say) must not hide what ended the run.
+            with contextlib.suppress(Exception):
+                run.close()
+            raise
+        run.close()
+        return result
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,12 +199,13 @@ class _Run:
         )
 
     def close(self) -> None:
-        """Lets go of files and threads, also after an error."""
-        for output in (*self.writers, self.timing, self.progress):
-            if output is not None:
-                output.close()
-        self.data.close()
-        self.checkpointer.close()
+        """Lets go of files and threads: of all, also if one of them raises."""
+        with contextlib.ExitStack() as stack:
+            stack.callback(self.checkpointer.close)
+            stack.callback(self.data.close)
+            for output in (self.progress, self.timing, *self.writers):
+                if output is not None:
+                    stack.callback(output.close)
 
     def _next_batch(self) -> Mapping[str, Any]:
         try:

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import cli, icl_algorithms, icl_gd, icl_mixers, regression
+from experiments import cli, icl_algorithms, icl_gd, icl_mixers, regression, sweep
 from lcattn.training import SeedsResult
 
 SHARED = """
@@ -137,8 +137,11 @@ def untrained(problem, config, run_dir):
 
 @pytest.fixture(autouse=True)
 def no_training(monkeypatch):
-    for room in ("descent", "optimum", "representation", "mechanisms", "algorithms"):
-        monkeypatch.setattr(getattr(regression, room), "train_seeds", untrained)
+    rooms = [sweep] + [
+        getattr(regression, name) for name in ("descent", "optimum", "representation", "algorithms")
+    ]
+    for room in rooms:
+        monkeypatch.setattr(room, "train_seeds", untrained)
 
 
 def run(script, text, tmp_path):

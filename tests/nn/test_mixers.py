@@ -5,7 +5,16 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from lcattn.nn import LinearAttentionConfig, ShortConvolutionConfig, SoftmaxAttentionConfig
+from lcattn.nn import (
+    GatedDeltaNetConfig,
+    HyperAttentionConfig,
+    LinearAttentionConfig,
+    MemoryAsContextConfig,
+    RoutingAttentionConfig,
+    ShortConvolutionConfig,
+    SoftmaxAttentionConfig,
+    SoftplusAttentionConfig,
+)
 from lcattn.nn.mixer import default_positions
 
 WIDTH = 32
@@ -58,6 +67,41 @@ def test_extend_names_bad_arguments(no_type_hook, config):
             mixer.extend(x, state)
     with pytest.raises(ValueError, match="state: expected B=1 streams, as in x, got B=2"):
         mixer.extend(jnp.zeros((1, 3, WIDTH)), state)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        SoftmaxAttentionConfig(num_heads=4),
+        GatedDeltaNetConfig(num_heads=4, feature_dim=8, head_dim=8),
+        ShortConvolutionConfig(),
+    ],
+)
+def test_calls_name_bad_arguments(no_type_hook, config):
+    mixer = make(config)
+    for x in (jnp.zeros((8, WIDTH)), jnp.zeros((2, 8, WIDTH + 1))):
+        with pytest.raises(ValueError, match=rf"x: expected shape \[B,T,D\] with D={WIDTH}"):
+            mixer(x)
+    with pytest.raises(ValueError, match="x: expected a floating-point dtype, got int32"):
+        mixer(jnp.zeros((2, 8, WIDTH), int))
+    for ids in (jnp.zeros((2, 7), int), jnp.zeros(8, int)):
+        with pytest.raises(ValueError, match=r"segment_ids: expected shape \[B,T\]"):
+            mixer(jnp.zeros((2, 8, WIDTH)), ids)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        HyperAttentionConfig(num_heads=4, min_seq_len=8, block_size=4),
+        MemoryAsContextConfig(),
+        RoutingAttentionConfig(num_heads=4),
+        SoftplusAttentionConfig(num_heads=4, power=3.0),
+    ],
+)
+def test_a_batch_may_be_empty(config):
+    ids = jnp.zeros((0, 20), int)
+    out = jax.eval_shape(make(config), jnp.zeros((0, 20, WIDTH)), ids)
+    assert out.shape == (0, 20, WIDTH)
 
 
 def test_more_tokens_than_the_cache_has_slots():

@@ -114,18 +114,20 @@ def test_one_query_against_a_long_cache_in_one_piece():
 
 
 @pytest.fixture
-def cudnn_as_xla(monkeypatch):
-    """Calls meant for cuDNN, answered by the same function of JAX without it."""
-    attend = jax.nn.dot_product_attention
-    monkeypatch.setattr(
-        jax.nn,
-        "dot_product_attention",
-        lambda *args, **options: attend(*args, **options | {"implementation": "xla"}),
-    )
+def asked(monkeypatch):
+    """As on a GPU, but JAX answers without cuDNN; what was asked of it."""
+    attend, names = jax.nn.dot_product_attention, []
+
+    def answer(*args, implementation=None, **options):
+        names.append(implementation)
+        return attend(*args, implementation="xla", **options)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", answer)
     monkeypatch.setattr(cudnn.dispatch, "default_platform", lambda: "gpu")
+    return names
 
 
-def test_cudnn_decodes_from_a_half_filled_cache(cudnn_as_xla):
+def test_cudnn_decodes_from_a_half_filled_cache(asked):
     shapes = (2, 1, 4, 8), (2, 24, 2, 8), (2, 24, 2, 8)
     q, k, v = (draw(i, *shape).astype(jnp.bfloat16) for i, shape in enumerate(shapes))
 
@@ -137,6 +139,8 @@ def test_cudnn_decodes_from_a_half_filled_cache(cudnn_as_xla):
 
         return jax.grad(loss, (0, 1, 2), has_aux=True)(q, k, v)
 
+    value_and_gradients(None, 0)
+    assert asked == ["cudnn"]
     for position in (-1, 0, 17):
         found, expected = (value_and_gradients(name, position) for name in (None, "reference"))
         for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
@@ -164,7 +168,9 @@ def test_a_name_runs_or_says_why_not(qkv):
 def test_bad_arguments_are_named(no_type_hook, qkv):
     q, k, v = qkv
     bad = {
+        "q: expected an array \\[B,T,N,F\\], got list": ((q.tolist(), k, v), {}),
         "q: expected 4 axes": ((q[0], k, v), {}),
+        "segment_ids: expected an array": ((q, k, v), {"segment_ids": [[0] * T] * B}),
         "k: expected a floating-point dtype": ((q, k.astype(int), v), {}),
         "v: expected the dtype of q": ((q, k, v.astype(jnp.bfloat16)), {}),
         "k: expected no empty axis": ((q, k[:, :0], v[:, :0]), {}),

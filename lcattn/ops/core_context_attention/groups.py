@@ -103,7 +103,7 @@ def packed_groups(segment_ids: Int[Array, "B T"], group_size: int, window: int) 
     )
     by_position = jnp.argsort(~is_real, axis=1, stable=True)
     members = core_ends[..., None] + jnp.arange(1 - group_size, 1, dtype=jnp.int32)
-    members = jnp.clip(members, 0, T - 1).reshape(B, -1)
+    members = jnp.clip(members, 0, T - 1).reshape(B, count * group_size)
     members = jnp.take_along_axis(by_position, members, axis=1).reshape(B, count, group_size)
     seen = views(
         position, position, core_ends,

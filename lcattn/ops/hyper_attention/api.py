@@ -202,14 +202,15 @@ def _leaves(
     q: Array, k: Array, v: Array, size: int, exact: Callable[..., tuple[Array, Array]]
 ) -> tuple[Array, Array]:
     """Causal attention within each `size` tokens, leaves side by side in the batch."""
-    length = q.shape[1]
+    B, length = q.shape[:2]
+    count = -(-length // size)
 
     def fold(x: Array) -> Array:
         x = blocks.pad(x, size, 1)
-        return x.reshape(-1, size, *x.shape[2:])
+        return x.reshape(B * count, size, *x.shape[2:])
 
     parts = exact(fold(q), fold(k), fold(v), visibility(size, size, causal=True))
-    out, lse = (x.reshape(len(q), -1, *x.shape[2:])[:, :length] for x in parts)
+    out, lse = (x.reshape(B, count * size, *x.shape[2:])[:, :length] for x in parts)
     return out, lse
 
 

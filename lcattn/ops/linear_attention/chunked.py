@@ -201,7 +201,7 @@ def _sum_over_keys(options, k, v, masks, state):
 
 def _later_keys(options, q, k, v, ids, chunk):
     """What packed tokens see of later tokens of their document: the same scan from the end."""
-    largest = jnp.max(ids)
+    largest = jnp.max(ids, initial=-1)
     flipped = jnp.where(ids < 0, -1, largest - ids)[:, ::-1]
     masks = _masks(flipped, chunk)
 

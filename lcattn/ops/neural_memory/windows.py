@@ -115,7 +115,7 @@ def lay_out(
     slot = jnp.arange(width, dtype=jnp.int32)
     counted = begins[..., None] + slot
     used = counted < ends[..., None]
-    counted = jnp.where(used, counted, T).reshape(B, -1)
+    counted = jnp.where(used, counted, T).reshape(B, number * width)
     tokens = _take(jnp.pad(order, ((0, 0), (0, 1)), constant_values=T), counted)
     slots = jnp.full((B, T + 1), number * width, jnp.int32)
     slots = slots.at[jnp.arange(B)[:, None], tokens].set(

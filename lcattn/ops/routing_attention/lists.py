@@ -55,23 +55,23 @@ def gather(x: Float[Array, "B T K H"], index: Int[Array, "B N L M"]) -> Float[Ar
 
     Head n of N reads head n·K/N of K.
     """
-    B, _, K, H = x.shape
-    places = index.reshape(B, K, -1, 1)
+    (B, _, K, H), (_, N, L, M) = x.shape, index.shape
+    places = index.reshape(B, K, N // K * L * M, 1)
     tokens = jnp.take_along_axis(x.swapaxes(1, 2), places, axis=2, mode="fill", fill_value=0)
-    return tokens.reshape(-1, index.shape[-1], 1, H)
+    return tokens.reshape(B * N * L, M, 1, H)
 
 
 def scatter(
     x: Float[Array, "b M 1 H"], index: Int[Array, "B N L M"], length: int
 ) -> Float[Array, "B T N H"]:
     """Adds up the tokens of all lists at their places in rows of T = `length`; drops index T."""
-    B, N = index.shape[:2]
+    B, N, L, M = index.shape
 
     def add(tokens: Array, places: Array) -> Array:
         return jax.ops.segment_sum(tokens, places, num_segments=length)
 
-    x = x.astype(accumulation_dtype(x.dtype)).reshape(B, N, -1, x.shape[-1])
-    return jax.vmap(jax.vmap(add))(x, index.reshape(B, N, -1)).swapaxes(1, 2)
+    x = x.astype(accumulation_dtype(x.dtype)).reshape(B, N, L * M, x.shape[-1])
+    return jax.vmap(jax.vmap(add))(x, index.reshape(B, N, L * M)).swapaxes(1, 2)
 
 
 def joined(seen: Visibility) -> Visibility:
@@ -80,4 +80,4 @@ def joined(seen: Visibility) -> Visibility:
 
 
 def _cut(x: Int[Array, "B N L M"], at_once: int) -> Int[Array, "n B N l M"]:
-    return jnp.moveaxis(x.reshape(*x.shape[:2], -1, at_once, x.shape[-1]), 2, 0)
+    return jnp.moveaxis(x.reshape(*x.shape[:2], x.shape[2] // at_once, at_once, x.shape[3]), 2, 0)

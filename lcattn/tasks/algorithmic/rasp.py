@@ -72,11 +72,6 @@ def shift_right(x: Sequence, steps: int, default: int = 0) -> Sequence:
     return kqv(indices(x) + steps, indices(x), x, default=default)
 
 
-def has_seen(x: Sequence, value: int) -> np.ndarray:
-    """Whether the value has come, this position included."""
-    return sel_width(select(x, full(x, value), equals)) > 0
-
-
 def induct(x: Sequence, q: Sequence, how: Literal["max", "min"] = "max") -> Sequence:
     """The token that followed the last ("max") or first ("min") q of the past; -1 for none."""
     place = kqv(shift_right(x, 1, default=-1), q, indices(x), how=how, default=-1)
