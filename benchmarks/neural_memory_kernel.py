@@ -26,7 +26,7 @@ import numpy as np
 from benchmarks import kernels
 from lcattn.ops import neural_memory
 
-H = CHUNK = 64
+CHUNK = 64
 FORMS = ("mosaic_gpu", "xla")
 PASSES = {"forward": False, "forward_backward": True}
 CHAIN = 1.2e-6
@@ -42,7 +42,9 @@ class Case:
     """One shape.
 
     Attributes:
+      H: numbers of queries, keys and values.
       hidden: units of a memory of two layers, or None for one of one layer.
+      documents: in each row, all about as long, or None for rows that are not packed.
       projections: width of tokens that are projected, or None to start from queries, keys, values
         and gates.
     """
@@ -51,21 +53,23 @@ class Case:
     T: int
     N: int = 4
     M: int = 4
+    H: int = 64
     hidden: int | None = 256
+    documents: int | None = None
     projections: int | None = None
 
     @property
     def name(self) -> str:
         """As the table spells it."""
-        sizes = f"B={self.B} T={self.T} N={self.N} M={self.M} H={H}"
-        for name in ("hidden", "projections"):
+        sizes = f"B={self.B} T={self.T} N={self.N} M={self.M} H={self.H}"
+        for name in ("hidden", "documents", "projections"):
             value = getattr(self, name)
             sizes += "" if value is None else f" {name}={value}"
         return sizes
 
     def inputs(self, seed: int) -> tuple[Any, ...]:
         """All inputs, the network last but one, and the gradient of the output."""
-        keys = iter(jax.random.split(jax.random.key(seed), 12))
+        H, keys = self.H, iter(jax.random.split(jax.random.key(seed), 12))
 
         def normal(*shape, dtype=jnp.float32):
             return jax.random.normal(next(keys), shape, dtype)
@@ -101,11 +105,16 @@ class Case:
 
     def form(self, implementation: str) -> Callable:
         """A function of all inputs but the gradient."""
+        H, ids = self.H, None
+        if self.documents is not None:
+            row = jnp.arange(self.T, dtype=jnp.int32) * self.documents // self.T
+            ids = jnp.broadcast_to(row, (self.B, self.T))
 
         def run(q, k, v, rate, momentum, decay, network) -> Any:
             return neural_memory(
-                q, k, v, rate, momentum, decay, network, implementation=implementation
-            )
+                q, k, v, rate, momentum, decay, network, segment_ids=ids,
+                implementation=implementation,
+            )  # fmt: skip
 
         def projected(tokens, inwards, outwards, network):
             shape, ends = tokens.shape[:2], np.cumsum([self.N, self.M, self.M]) * H
@@ -139,6 +148,7 @@ class Case:
 
     def floor(self, *, backward: bool) -> float:
         """Seconds: the largest of matrix work, traffic and the walk's chain."""
+        H = self.H
         products = 3 * H * H * self.M + 2 * H * (H + CHUNK) * self.N
         if self.hidden is not None:
             F = self.hidden
@@ -205,6 +215,9 @@ CASES = [
     Case(1, 32768),
     Case(16, 2048),
     Case(4, 8192, hidden=64),
+    Case(4, 8192, documents=10),
+    Case(4, 8192, N=2, M=2, H=128, hidden=512),
+    Case(4, 8192, N=2, M=2, H=128, hidden=None),
 ]
 
 

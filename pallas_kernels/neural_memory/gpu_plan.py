@@ -1,20 +1,25 @@
 """What the kernels for Hopper share: options, launching, and sums over a cluster."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.neural_memory.gpu_activations import ACTIVATIONS, Derivatives
 from pallas_kernels.products import Products
-from pallas_kernels.tiles import TILE, WGMMA
+from pallas_kernels.tiles import TILE, WGMMA, zeros
+
+PART = "part"
+"""An axis of a cluster: 64 numbers of keys and values a CTA."""
 
 SLICE = "slice"
-"""The axis of a cluster: 64 hidden units a CTA."""
+"""The other axis: 64 hidden units a CTA."""
 
 LAYER = "layer"
 """The axis of a CTA's warpgroups: one for each layer."""
@@ -46,7 +51,7 @@ class Plan:
 
     def launch(
         self, body, *arrays, grid: dict[str, int], out_type, scratch: dict[str, Any],
-        slices: int | None = None,
+        cluster: dict[str, int] | None = None, course: "Course | None" = None,
     ):  # fmt: skip
         """Runs a kernel.
 
@@ -56,12 +61,16 @@ class Plan:
           grid: sizes of the grid's axes; the last runs fastest.
           out_type: shapes of its outputs.
           scratch: its scratch, by argument.
-          slices: CTAs of a cluster of a walk, which have a warpgroup a layer. None: no walk.
+          cluster: axes of the clusters of a walk, whose CTAs have a warpgroup a layer. None: no
+            walk.
+          course: of a kernel of chunks by themselves, which leaves out those that no row walks.
         """
+        if course is not None:
+            body, arrays = _where_walked(body), (course.counts, *arrays)
         walk: dict[str, Any] = {}
-        if slices is not None:
+        if cluster is not None:
             walk = {
-                "cluster": (slices,), "cluster_names": (SLICE,),
+                "cluster": tuple(cluster.values()), "cluster_names": tuple(cluster),
                 "num_threads": 2, "thread_name": LAYER,
             }  # fmt: skip
         return plgpu.kernel(
@@ -72,19 +81,58 @@ class Plan:
         )(*arrays)  # fmt: skip
 
 
-def by_halves(function: Callable[[jax.Array], Derivatives], x: jax.Array) -> Derivatives:
-    """An element-wise function of a tile with its derivatives, in bfloat16.
+def _where_walked(body):
+    @functools.wraps(body)
+    def run(counts, *refs, **scratch):
+        batch, chunk = (lax.axis_index(axis) for axis in ("batch", "chunk"))
+        pl.when(chunk < counts[batch])(lambda: body(*refs, **scratch))
 
-    Half the columns after the other: arithmetic runs through whole tiles, one operation after the
-    other, and its intermediate tiles do not fit the registers.
+    return run
+
+
+class Course(NamedTuple):
+    """Where rows differ in what they walk; arrays, or refs inside a kernel.
+
+    Attributes:
+      counts: chunks of a row `[B]`, at least 1; what is said of later ones is of no use.
+      renews: whether a document begins right after a chunk `[B,n]`. Shares of such a chunk are 0.
+      fresh: of each layer the network of a new document, `[B,M,in,out]`.
     """
-    halves = []
-    for start in (0, TILE // 2):
-        half = tuple(y.astype(jnp.bfloat16) for y in function(x[:, start : start + TILE // 2]))
-        *half, x = lax.optimization_barrier((*half, x))
-        halves.append(half)
-    value, slope, bend = (jnp.concatenate(x, axis=1) for x in zip(*halves, strict=True))
-    return value, slope, bend
+
+    counts: Any
+    renews: Any
+    fresh: Any
+
+
+def follow(course: Course | None, batch, chunks: int) -> tuple[Any, Callable]:
+    """How many chunks a row walks, and what makes the state before a chunk of that after the last.
+
+    Args:
+      course: refs, or None where all rows walk all chunks, of one document.
+      batch: the row.
+      chunks: of arrays.
+    """
+    if course is None:
+        return chunks, lambda chunk, layer, place, state: state
+
+    def renew(chunk, layer, place, state):
+        """`place` is where the layer's tile lies in a network."""
+
+        def begin():
+            return load_float32(course.fresh[layer].at[place]), zeros(TILE)
+
+        return lax.cond(course.renews[batch, chunk] > 0, begin, lambda: state)
+
+    return course.counts[batch], renew
+
+
+def pull_course(course: Course | None, d_after: tuple[jax.Array, ...]) -> Course | None:
+    """Gradients of fresh networks, from those of each layer's after every chunk, `[B,M,n,...]`."""
+    if course is None:
+        return None
+    renews = course.renews[:, None, :, None, None] > 0
+    d_fresh = tuple(jnp.where(renews, x, 0).sum(axis=2, dtype=jnp.float32) for x in d_after)
+    return Course(None, None, d_fresh)
 
 
 def shared(rows: int = TILE, columns: int = TILE):
@@ -105,6 +153,11 @@ def anew(tiles, index):
     return jax.tree.map(lambda tile: tile.at[zero], tiles)
 
 
+def load_float32(tile) -> jax.Array:
+    """A float32 tile of global memory."""
+    return plgpu.load(tile, layout=WGMMA, optimized=False)
+
+
 def load(tile) -> jax.Array:
     """A tile of shared memory, in float32."""
     return plgpu.load(tile, layout=WGMMA).astype(jnp.float32)
@@ -112,61 +165,83 @@ def load(tile) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True)
 class Exchange:
-    """Sums of a tile over the CTAs of a cluster, each of which gets all of the sum.
+    """Sums of a tile over an axis of a cluster, each of whose CTAs gets all of the sum.
 
     Parts go through global memory, which stays in L2, in two sets by turns: who writes to a set has
     heard from all since they last read it. Of float32 tiles between four CTAs, that took 1.3 us on
     an H200; stores of registers to the shared memory of the others took 3.8.
 
     Attributes:
-      slices: CTAs of the cluster.
+      axis: of the cluster.
+      size: CTAs along it.
       dtype: in which parts are sent.
+      slots: tiles of others that shared memory holds at once.
     """
 
-    slices: int
+    axis: str
+    size: int
     dtype: Any
+    slots: int = 3
+
+    @property
+    def others(self) -> int:
+        """CTAs that one hears from."""
+        return self.size - 1
 
     def scratch(self) -> Any:
         """Shared memory and barriers, to be passed to `sum`."""
-        if self.slices == 1:
+        if not self.others:
             return None
-        others = self.slices - 1
+        slots = min(self.slots, self.others)
         return Mailbox(
             sent=plgpu.SMEM((TILE, TILE), self.dtype),
-            received=plgpu.SMEM((others, TILE, TILE), self.dtype),
-            all_sent=plgpu.ClusterBarrier(collective_axes=(SLICE,)),
-            arrived=plgpu.Barrier(num_arrivals=others),
+            received=plgpu.SMEM((slots, TILE, TILE), self.dtype),
+            all_sent=plgpu.ClusterBarrier(collective_axes=(self.axis,)),
+            arrived=plgpu.Barrier(num_barriers=slots),
         )
 
     def through(self, *grid: int):
         """Global memory, to be passed to `sum`: an output."""
-        if self.slices == 1:
+        if not self.others:
             return None
-        return jax.ShapeDtypeStruct((*grid, 2, self.slices, TILE, TILE), self.dtype)
+        return jax.ShapeDtypeStruct((*grid, 2, self.size, TILE, TILE), self.dtype)
 
-    def sum(self, part: jax.Array, turn, mailbox: "Mailbox", through) -> jax.Array:
+    def sum(self, part: jax.Array, turn, mailbox: "Mailbox", through, place) -> jax.Array:
         """The sum of all parts.
 
         Args:
           part: this CTA's, `[64,64]`.
           turn: 0 and 1 by turns.
           mailbox: scratch.
-          through: the cluster's global memory.
+          through: global memory.
+          place: of those that share the sum, in the grid.
         """
-        if self.slices == 1:
+        if not self.others:
             return part
-        own, through = lax.axis_index(SLICE), through.at[turn]
+        own, through = lax.axis_index(self.axis), through.at[(*place, turn)]
+        slots = min(self.slots, self.others)
+
+        def receive(i):
+            other = lax.rem(own + 1 + i, self.size)
+            slot = i % slots
+            source, target = through.at[other], mailbox.received.at[slot]
+            plgpu.copy_gmem_to_smem(source, target, mailbox.arrived.at[slot])
+
         mailbox.sent[...] = part.astype(self.dtype)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(mailbox.sent, through.at[own])
         plgpu.wait_smem_to_gmem(0)
         plgpu.barrier_arrive(mailbox.all_sent)
         plgpu.barrier_wait(mailbox.all_sent)
-        for i in range(self.slices - 1):
-            other = lax.rem(own + 1 + i, self.slices)
-            plgpu.copy_gmem_to_smem(through.at[other], mailbox.received.at[i], mailbox.arrived)
-        plgpu.barrier_wait(mailbox.arrived)
-        return sum((load(mailbox.received.at[i]) for i in range(self.slices - 1)), part)
+        for i in range(slots):
+            receive(i)
+        for i in range(self.others):
+            slot = i % slots
+            plgpu.barrier_wait(mailbox.arrived.at[slot])
+            part += load(mailbox.received.at[slot])
+            if i + slots < self.others:
+                receive(i + slots)
+        return part
 
 
 class Mailbox(NamedTuple):
@@ -174,7 +249,7 @@ class Mailbox(NamedTuple):
 
     Attributes:
       sent: its part.
-      received: those of the others.
+      received: those of the others, or of some.
       all_sent: where all CTAs arrive.
       arrived: where copies of the others' parts do.
     """

@@ -12,9 +12,12 @@ layer, and g, n, b, f, m the shares of the chunk:
     W_1' = b A_1 + W_1'(read) + Kᵀ Z_1'                          S' = f A + m B + S'(read)
     W_2' = b A_2 + W_2'(read) + D'ᵀ E_2 + X_2ᵀ Z_2'
 
-A warpgroup a layer, as in the walk, and one sum over the cluster; what follows from Z_1 alone is
-found a chunk ahead. Four products stand one behind the other, as in the walk; reached on an H200:
-5.2 us a chunk. From A, B, Z_1' and Z_2' follow gradients of tokens and shares (`gpu_tokens`).
+A warpgroup a layer, as in the walk, and one sum over the units of the cluster; with H = 128, the
+products with A_1, B_1, and what makes X_2' but what reading gave, are sums over its halves. σ'(Z_1)
+and D σ''(Z_1) the walk has kept: to find them here took a product and registers, of which 62 bytes
+a thread spilled, and with halves two more sums. Four products stand one behind the other, as in the
+walk; reached on an H200, when they were found here: 5.2 us a chunk. From A, B, Z_1' and Z_2' follow
+gradients of tokens and shares (`gpu_tokens`).
 """
 
 from typing import Any, NamedTuple
@@ -27,26 +30,29 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.neural_memory.gpu_plan import (
     LAYER,
+    PART,
     SLICE,
+    Course,
     Exchange,
     Plan,
     anew,
-    by_halves,
+    follow,
     load,
+    load_float32,
     shared,
 )
 from pallas_kernels.neural_memory.gpu_walk import Memories, Shares, send, send_first
-from pallas_kernels.tiles import TILE, WGMMA, over_columns
+from pallas_kernels.tiles import TILE, over_columns
 
 
 class Pulled(NamedTuple):
     """Gradients of every chunk, in bfloat16; arrays, or refs inside a kernel.
 
     Attributes:
-      first: of W_1 and S_1 after the chunk, `[B,M,n,64+64,F]`.
-      second: of W_2 and S_2 after it, `[B,M,n,F+F,64]`.
+      first: of W_1 and S_1 after the chunk, `[B,M,n,H+H,F]`.
+      second: of W_2 and S_2 after it, `[B,M,n,F+F,H]`.
       hidden: of Z_1, `[B,M,n,64,F]`.
-      outputs: of Z_2, `[B,M,n,64,64]`.
+      outputs: of Z_2, `[B,M,n,64,H]`.
     """
 
     first: Any
@@ -60,8 +66,10 @@ def pull(
     k: jax.Array,
     shares: jax.Array,
     memories: Memories,
+    slopes: jax.Array,
     d_memories: Memories,
     d_ends: tuple[jax.Array, ...],
+    course: Course | None,
 ) -> tuple[Pulled, tuple[jax.Array, ...]]:
     """Gradients through the walk.
 
@@ -70,36 +78,43 @@ def pull(
       k: as for `walk`.
       shares: as for `walk`.
       memories: what it gave.
-      d_memories: gradients of that, from reading it.
+      slopes: what it kept.
+      d_memories: gradients of memories, from reading them.
       d_ends: gradients of the final W_1, S_1, W_2 and S_2, in float32.
+      course: as for `walk`. Shares of 0 cut what a document begins with off from what was before.
 
     Returns:
       Gradients of each chunk; those of the first W_1, S_1, W_2 and S_2, in float32.
     """
-    (B, T, M, _), F = k.shape, d_ends[0].shape[-1]
-    chunks, slices = T // TILE, F // TILE
-    exchange = Exchange(slices, jnp.bfloat16)
+    (B, T, M, H), F = k.shape, d_ends[0].shape[-1]
+    chunks, parts, slices = T // TILE, H // TILE, F // TILE
+    over_units = Exchange(SLICE, slices, jnp.bfloat16, slots=3 if parts == 1 else 2)
+    over_parts = Exchange(PART, parts, jnp.bfloat16)
     products = plan.products
 
     def neural_memory_pull(
-        k, shares, memories, d_memories, d_ends, out, d_starts, through,
-        *, tiles, pairs, gates, arrivals, ready, mailbox,
+        k, shares, memories, slopes, d_memories, d_ends, course, out, d_starts, through,
+        *, tiles, pairs, gates, arrivals, ready, mailboxes,
     ):  # fmt: skip
-        batch, memory, own = (lax.axis_index(axis) for axis in ("batch", "memory", SLICE))
+        batch, memory, part, own = (
+            lax.axis_index(axis) for axis in ("batch", "memory", PART, SLICE)
+        )
         here = batch, memory
-        units = pl.ds(own * TILE, TILE)
         memories, d_memories, out = Memories(*memories), Memories(*d_memories), Pulled(*out)
+        length, _ = follow(course, batch, chunks)
 
-        def rows(part):
-            return pl.ds(part * TILE, TILE)
+        def block(i):
+            return pl.ds(i * TILE, TILE)
 
-        def of_first(array, c, part):
+        units, channels = block(own), block(part)
+
+        def of_first(array, c, i):
             """A tile of 64 rows of the first layer's array."""
-            return array.first.at[(*here, c, rows(part), units)]
+            return array.first.at[(*here, c, block(i), units)]
 
-        def of_second(array, c, part):
+        def of_second(array, c, i):
             """A tile of the second layer's array."""
-            return array.second.at[(*here, c, rows(part))]
+            return array.second.at[(*here, c, block(i), channels)]
 
         def of_hidden(array, c):
             return array.hidden.at[(*here, c, slice(None), units)]
@@ -116,14 +131,21 @@ def pull(
         def weigh(shares, written, pending):
             return over_columns(shares.written) * written + over_columns(shares.pending) * pending
 
-        def sweep(layer, place, states, begin, begun, step):
+        def sum_parts(x, turn):
+            return over_parts.sum(x, turn, mailboxes[0], through[0], (*here, own))
+
+        def sum_units(x, turn):
+            return over_units.sum(x, turn, mailboxes[1], through[1], (*here, part))
+
+        def sweep(layer, place, states, begin, step):
             """Walks the chunks in reverse with the gradient of one layer's state."""
             ends, starts = (x[2 * layer : 2 * layer + 2] for x in (d_ends, d_starts))
             begin()
-            state = tuple(plgpu.load(x.at[place], layout=WGMMA, optimized=False) for x in ends)
+            state = tuple(load_float32(x.at[place]) for x in ends)
             put(states, state)
-            begun()
-            state = lax.fori_loop(0, chunks, step, state)
+            if layer:
+                plgpu.barrier_arrive(ready.stepped)
+            state = lax.fori_loop(0, length, step, state)
             for target, numbers in zip(starts, state, strict=True):
                 target[place] = numbers
             if not layer:
@@ -135,58 +157,65 @@ def pull(
             def prefetch_keys(c, slot):
                 fetch(
                     arrivals.keys.at[slot],
-                    (k.at[batch, rows(c), memory], pairs.keys.at[slot]),
+                    (k.at[batch, block(c), memory, channels], pairs.keys.at[slot]),
                     (shares.at[(*here, c)], gates[0].at[slot]),
                 )
 
             def prefetch(c, tile):
                 fetch(
                     arrivals.first,
-                    (of_first(d_memories, c, 0), tile.d_w1),
-                    (of_first(d_memories, c, 1), tile.d_s1),
-                    (of_first(d_memories, c, 2), tile.d_e1),
+                    (of_first(d_memories, c, part), tile.d_w1),
+                    (of_first(d_memories, c, parts + part), tile.d_s1),
+                    (of_first(d_memories, c, 2 * parts), tile.d_e1),
                 )
 
+            def prefetch_slopes(c, tile):
+                fetch(arrivals.slopes, (slopes.at[(*here, c, slice(None), units)], tile.slopes))
+
             def begin():
-                prefetch_keys(chunks - 1, 0)
-                prefetch(chunks - 1, anew(tiles, own))
+                prefetch_keys(length - 1, 0)
+                prefetch(length - 1, anew(tiles, own))
+                prefetch_slopes(length - 1, anew(tiles, own))
 
             def step(i, state):
-                c, slot, tile = chunks - 1 - i, lax.rem(i, 2), anew(tiles, i)
+                c, slot, tile = length - 1 - i, lax.rem(i, 2), anew(tiles, i)
                 keys, w2, e2 = (x.at[slot] for x in (pairs.keys, pairs.w2, pairs.e2))
-                send((tile.a1, of_first(out, c, 0)), (tile.b1, of_first(out, c, 1)))
+                slope, bend = (tile.slopes.at[block(row)] for row in range(2))
+                send((tile.a1, of_first(out, c, part)), (tile.b1, of_first(out, c, parts + part)))
                 plgpu.wait_smem_to_gmem(1, wait_read_only=True)  # gradients of Z_1 have left
                 fetch(arrivals.hidden, (of_hidden(d_memories, c), tile.hidden))
                 plgpu.barrier_wait(arrivals.keys.at[slot])
-                pl.when(i + 1 < chunks)(lambda: prefetch_keys(c - 1, 1 - slot))
+                pl.when(i + 1 < length)(lambda: prefetch_keys(c - 1, 1 - slot))
                 share = Shares.read(gates[0].at[slot])
                 plgpu.barrier_wait(arrivals.first)
-                d_error = load(tile.d_e1) - weigh(
-                    share, *products.products((keys, tile.a1), (keys, tile.b1))
-                )
-                plgpu.barrier_wait(ready.slopes)
+                through_state = weigh(share, *products.products((keys, tile.a1), (keys, tile.b1)))
+                d_error = load(tile.d_e1) - sum_parts(through_state, 0)
+                plgpu.barrier_wait(arrivals.slopes)
                 plgpu.barrier_wait(ready.stepped)
-                put([tile.pulled], [d_error * load(tile.slope)])
+                put([tile.pulled], [d_error * load(slope)])
                 plgpu.barrier_arrive(ready.pulled)
-                bend = lax.optimization_barrier((load(tile.bend) * d_error).astype(jnp.bfloat16))
+                bend = lax.optimization_barrier((load(bend) * d_error).astype(jnp.bfloat16))
                 d_weights, d_momentum = share.pull(state, load(tile.d_w1), load(tile.d_s1))
-                pl.when(i + 1 < chunks)(lambda: prefetch(c - 1, tile))
-                plgpu.barrier_wait(arrivals.hidden)
+                pl.when(i + 1 < length)(lambda: prefetch(c - 1, tile))
+                plgpu.barrier_wait(arrivals.both.at[slot])
                 a2, b2 = (x.transpose((1, 0)) for x in (tile.a2, tile.b2))
-                d_inputs = load(tile.hidden) - weigh(share, *products.products((e2, a2), (e2, b2)))
+                d_inputs = -weigh(share, *products.products((e2, a2), (e2, b2)))
                 plgpu.barrier_wait(ready.outputs)
                 d_inputs = products.accumulate(d_inputs, tile.outputs, w2.transpose((1, 0)))
-                d_inputs = load(tile.slope) * d_inputs + bend.astype(jnp.float32)
                 plgpu.barrier_arrive(ready.used)
+                d_inputs = sum_parts(d_inputs, 1)
+                plgpu.barrier_wait(arrivals.hidden)
+                d_inputs = load(slope) * (d_inputs + load(tile.hidden)) + bend.astype(jnp.float32)
+                pl.when(i + 1 < length)(lambda: prefetch_slopes(c - 1, tile))
                 put([tile.hidden], [d_inputs])
-                send((tile.hidden, of_hidden(out, c)))
+                send_first(part, (tile.hidden, of_hidden(out, c)))
                 d_weights = products.accumulate(d_weights, keys.transpose((1, 0)), tile.hidden)
                 plgpu.wait_smem_to_gmem(1, wait_read_only=True)  # the states have left
                 put((tile.a1, tile.b1), (d_weights, d_momentum))
                 return d_weights, d_momentum
 
             tile = anew(tiles, own)
-            sweep(0, (*here, slice(None), units), (tile.a1, tile.b1), begin, lambda: None, step)
+            sweep(0, (*here, channels, units), (tile.a1, tile.b1), begin, step)
 
         @pl.when(lax.axis_index(LAYER) == 1)
         def _():
@@ -206,86 +235,66 @@ def pull(
                     (of_second(d_memories, c, slices + own), tile.d_s2),
                 )
 
-            def prefetch_w1(c, tile):
-                fetch(arrivals.w1, (of_first(memories, c, 0), tile.w1))
-
-            def find_slopes(c, slot, tile):
-                """What the first layer's warpgroup, which is waited for more, needs of σ."""
-                w2, e2 = pairs.w2.at[slot], pairs.e2.at[slot]
-                plgpu.barrier_wait(arrivals.keys.at[slot])
-                plgpu.barrier_wait(arrivals.w1)
-                plgpu.barrier_wait(arrivals.both.at[slot])
-                z = products.product(pairs.keys.at[slot], tile.w1)
-                pl.when(c > 0)(lambda: prefetch_w1(c - 1, tile))
-                _, slope, bend = by_halves(plan.activate, z)
-                tile.slope[...] = slope
-                bend = bend.astype(jnp.float32) * products.product(e2, w2.transpose((1, 0)))
-                put([tile.bend], [bend])
-                plgpu.barrier_arrive(ready.slopes)
-
             def begin():
                 tile = anew(tiles, own)
-                prefetch_pairs(chunks - 1, 0)
-                prefetch(chunks - 1, tile)
-                prefetch_w1(chunks - 1, tile)
+                prefetch_pairs(length - 1, 0)
+                prefetch(length - 1, tile)
 
             def step(i, state):
-                c, slot, tile = chunks - 1 - i, lax.rem(i, 2), anew(tiles, i)
+                c, slot, tile = length - 1 - i, lax.rem(i, 2), anew(tiles, i)
                 x2, w2, e2 = (x.at[slot] for x in (pairs.x2, pairs.w2, pairs.e2))
                 send((tile.a2, of_second(out, c, own)), (tile.b2, of_second(out, c, slices + own)))
                 plgpu.wait_smem_to_gmem(1, wait_read_only=True)  # gradients of Z_2 have left
                 fetch(arrivals.outputs, (of_second(d_memories, c, 2 * slices), tile.outputs))
-                pl.when(i + 1 < chunks)(lambda: prefetch_pairs(c - 1, 1 - slot))
+                plgpu.barrier_wait(arrivals.both.at[slot])
+                pl.when(i + 1 < length)(lambda: prefetch_pairs(c - 1, 1 - slot))
                 share = Shares.read(gates[1].at[slot])
-                part = -weigh(share, *products.products((x2, tile.a2), (x2, tile.b2)))
+                d_error = -weigh(share, *products.products((x2, tile.a2), (x2, tile.b2)))
                 plgpu.barrier_wait(arrivals.second)
                 d_weights, d_momentum = share.pull(state, load(tile.d_w2), load(tile.d_s2))
-                pl.when(i + 1 < chunks)(lambda: prefetch(c - 1, tile))
+                pl.when(i + 1 < length)(lambda: prefetch(c - 1, tile))
                 plgpu.barrier_wait(ready.pulled)
-                part = products.accumulate(part, tile.pulled, w2)
-                d_error = exchange.sum(
-                    part, lax.rem(i, 2), mailbox, None if through is None else through.at[here]
-                )
+                d_error = products.accumulate(d_error, tile.pulled, w2)
+                d_error = sum_units(d_error, lax.rem(i, 2))
                 plgpu.barrier_wait(arrivals.outputs)
                 put([tile.outputs], [2 * (d_error + load(tile.outputs))])
                 plgpu.barrier_arrive(ready.outputs)
-                send_first(own, tile.outputs, out.outputs.at[(*here, c)])
+                send_first(own, (tile.outputs, out.outputs.at[(*here, c, slice(None), channels)]))
                 d_weights = products.accumulate(d_weights, tile.pulled.transpose((1, 0)), e2)
                 d_weights = products.accumulate(d_weights, x2.transpose((1, 0)), tile.outputs)
                 plgpu.barrier_wait(ready.used)
                 plgpu.wait_smem_to_gmem(1, wait_read_only=True)  # the states have left
                 put((tile.a2, tile.b2), (d_weights, d_momentum))
                 plgpu.barrier_arrive(ready.stepped)
-                pl.when(i + 1 < chunks)(lambda: find_slopes(c - 1, 1 - slot, tile))
                 return d_weights, d_momentum
 
-            def begun():
-                plgpu.barrier_arrive(ready.stepped)
-                find_slopes(chunks - 1, 0, anew(tiles, own))
-
             tile = anew(tiles, own)
-            sweep(1, (*here, units), (tile.a2, tile.b2), begin, begun, step)
+            sweep(1, (*here, units, channels), (tile.a2, tile.b2), begin, step)
 
-    shapes = Pulled((2 * TILE, F), (2 * F, TILE), (TILE, F), (TILE, TILE))
+    shapes = Pulled((2 * H, F), (2 * F, H), (TILE, F), (TILE, H))
     out = tuple(jax.ShapeDtypeStruct((B, M, chunks, *shape), jnp.bfloat16) for shape in shapes)
     d_starts = tuple(jax.ShapeDtypeStruct(x.shape, jnp.float32) for x in d_ends)
+    tiles = Tiles(*(shared() for _ in Tiles._fields))
     pair = plgpu.SMEM((2, TILE, TILE), jnp.bfloat16)
     pulled, d_starts, _ = plan.launch(
-        neural_memory_pull, k, shares, tuple(memories), tuple(d_memories), tuple(d_ends),
-        grid={"batch": B, "memory": M}, slices=slices,
-        out_type=(out, d_starts, exchange.through(B, M)),
+        neural_memory_pull, k, shares, tuple(memories), slopes, tuple(d_memories), tuple(d_ends),
+        course,
+        grid={"batch": B, "memory": M}, cluster={PART: parts, SLICE: slices},
+        out_type=(
+            out, d_starts, (over_parts.through(B, M, slices), over_units.through(B, M, parts)),
+        ),
         scratch={
-            "tiles": Tiles(*(shared() for _ in Tiles._fields)),
+            "tiles": tiles._replace(slopes=shared(2 * TILE)),
             "pairs": Pairs(*(pair for _ in Pairs._fields)),
             "gates": (plgpu.SMEM((2, 5, TILE), jnp.float32),) * 2,
             "arrivals": Arrivals(
                 keys=plgpu.Barrier(num_arrivals=2, num_barriers=2),
                 both=plgpu.Barrier(num_arrivals=4, num_barriers=2),
                 first=plgpu.Barrier(num_arrivals=3), second=plgpu.Barrier(num_arrivals=2),
-                hidden=plgpu.Barrier(), outputs=plgpu.Barrier(), w1=plgpu.Barrier(),
+                hidden=plgpu.Barrier(), outputs=plgpu.Barrier(), slopes=plgpu.Barrier(),
             ),
             "ready": Ready(*(plgpu.Barrier() for _ in Ready._fields)),
-            "mailbox": exchange.scratch(),
+            "mailboxes": (over_parts.scratch(), over_units.scratch()),
         },
     )  # fmt: skip
     return Pulled(*pulled), tuple(d_starts)
@@ -296,19 +305,17 @@ class Tiles(NamedTuple):
 
     Attributes:
       a1, b1, a2, b2: gradients of network and momentum after the chunk, of each layer.
-      w1: the first layer's network.
       d_w1, d_s1, d_e1, d_w2, d_s2: gradients from reading.
       hidden: gradient of X_2 from reading, then that of Z_1.
       outputs: gradient of E_2 from reading, then that of Z_2.
       pulled: D'.
-      slope, bend: σ'(Z_1) and D σ''(Z_1).
+      slopes: σ'(Z_1) and D σ''(Z_1), one upon the other.
     """
 
     a1: Any
     b1: Any
     a2: Any
     b2: Any
-    w1: Any
     d_w1: Any
     d_s1: Any
     d_e1: Any
@@ -317,8 +324,7 @@ class Tiles(NamedTuple):
     hidden: Any
     outputs: Any
     pulled: Any
-    slope: Any
-    bend: Any
+    slopes: Any
 
 
 class Pairs(NamedTuple):
@@ -331,7 +337,7 @@ class Pairs(NamedTuple):
 
 
 class Arrivals(NamedTuple):
-    """Where copies arrive: of keys; of what both layers read; of what either does."""
+    """Where copies arrive: of keys; of what both layers read; of what either does; of slopes."""
 
     keys: Any
     both: Any
@@ -339,21 +345,19 @@ class Arrivals(NamedTuple):
     second: Any
     hidden: Any
     outputs: Any
-    w1: Any
+    slopes: Any
 
 
 class Ready(NamedTuple):
     """At which the warpgroup of one layer tells that of the other what is ready.
 
     Attributes:
-      slopes: σ'(Z_1) and D σ''(Z_1).
       pulled: gradients of what the second layer pulls back.
       outputs: gradients of the second layer's outputs.
       used: the first layer no longer needs them, nor the second layer's state.
       stepped: the gradients of the second layer.
     """
 
-    slopes: Any
     pulled: Any
     outputs: Any
     used: Any

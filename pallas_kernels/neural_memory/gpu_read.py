@@ -15,7 +15,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.neural_memory.gpu_plan import Plan, anew, load, shared
+from pallas_kernels.neural_memory.gpu_plan import Course, Plan, anew, load, shared
 from pallas_kernels.neural_memory.gpu_walk import Memories, send
 from pallas_kernels.tiles import ALONG_ROWS, TILE, WGMMA, over_columns, zeros
 
@@ -35,7 +35,14 @@ class Views(NamedTuple):
 
 
 def read(
-    plan: Plan, q: jax.Array, k: jax.Array, memories: Memories, views: Views, *, keep: bool
+    plan: Plan,
+    q: jax.Array,
+    k: jax.Array,
+    memories: Memories,
+    views: Views,
+    course: Course | None,
+    *,
+    keep: bool,
 ) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
     """Answers `[B,T,N,64]`, and of these X W_2 and X S_2 by themselves.
 
@@ -45,6 +52,7 @@ def read(
       k: keys `[B,T,M,64]`; M divides N.
       memories: what every chunk starts from.
       views: of the tokens.
+      course: as for `gpu_walk.walk`.
       keep: whether to keep the parts, which gradients of views are made of.
     """
     B, T, N, _ = q.shape
@@ -133,7 +141,7 @@ def read(
     tokens = jax.ShapeDtypeStruct(q.shape, q.dtype)
     return plan.launch(
         neural_memory_read, q, k, tuple(memories), tuple(views),
-        grid={"batch": B, "chunk": T // TILE, "head": N},
+        grid={"batch": B, "chunk": T // TILE, "head": N}, course=course,
         out_type=(tokens, *((tokens if keep else None,) * 2)),
         scratch={
             "query": shared(), "key": shared(), "errors": shared(),

@@ -21,14 +21,20 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.neural_memory.gpu_plan import Plan, anew, by_halves, load, shared
+from pallas_kernels.neural_memory.gpu_plan import Course, Plan, anew, load, shared
 from pallas_kernels.neural_memory.gpu_read import Views
 from pallas_kernels.neural_memory.gpu_walk import Memories, send
 from pallas_kernels.tiles import ALONG_ROWS, TILE, WGMMA, over_columns, zeros
 
 
 def read_pull(
-    plan: Plan, q: jax.Array, k: jax.Array, memories: Memories, views: Views, d_out: jax.Array
+    plan: Plan,
+    q: jax.Array,
+    k: jax.Array,
+    memories: Memories,
+    views: Views,
+    course: Course | None,
+    d_out: jax.Array,
 ) -> tuple[jax.Array, jax.Array, Memories, Views]:
     """Gradients of q, k, memories and views, each of every query head.
 
@@ -106,16 +112,19 @@ def read_pull(
                 ),
                 (memories.hidden.at[(*here, slice(None), units)], inputs),
             )
-            x, slope, _ = by_halves(plan.activate, products.product(operands, first))
-            put(tile, x)
+            z = products.product(operands, first)
+            put(tile, plan.activate(z)[0])
             plgpu.commit_smem()
+            # Until its slope is needed it waits in bfloat16: registers are short.
+            z = lax.optimization_barrier(z.astype(jnp.bfloat16))
             raw, d_x = products.accumulate_both(
                 (raw, tile, inputs.transpose((1, 0))),
                 (zeros(TILE), scaled[0], second[0].transpose((1, 0))),
             )
             d_x = products.accumulate(d_x, scaled[1], second[1].transpose((1, 0)))
             d_x = products.accumulate(d_x, d_scores, inputs)
-            d_z = (d_x * slope.astype(jnp.float32)).astype(jnp.bfloat16)
+            _, slope, _ = plan.activate(z.astype(jnp.float32))
+            d_z = (d_x * slope).astype(jnp.bfloat16)
             put(inputs, products.product(d_scores.transpose((1, 0)), tile))
             for target, gradient in zip(second, scaled, strict=True):
                 put(target, products.product(tile.transpose((1, 0)), gradient))
@@ -145,10 +154,10 @@ def read_pull(
         raw, d_raw, d_query, d_kept, d_carried = lax.fori_loop(
             0, slices, step, (*(zeros(TILE) for _ in range(3)), empty, empty)
         )
+        _, (key, errors), grad, _, _, d_scores, query, tile = anew(all_tiles, chunk)
         d_views.kept[there] = d_kept
         d_views.carried[there] = d_carried
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        grad = inputs
         fetch(
             barrier, (keys, key), (memories.second.at[(*here, last)], errors), (d_out.at[own], grad)
         )
@@ -177,7 +186,7 @@ def read_pull(
     tokens = jax.ShapeDtypeStruct(q.shape, q.dtype)
     d_q, d_k, d_memories, d_views = plan.launch(
         neural_memory_read_pull, q, k, tuple(memories), tuple(views), d_out,
-        grid={"batch": B, "chunk": chunks, "head": N},
+        grid={"batch": B, "chunk": chunks, "head": N}, course=course,
         out_type=(
             tokens, tokens, tuple(map(of_heads, memories)), tuple(map(of_heads, views)),
         ),

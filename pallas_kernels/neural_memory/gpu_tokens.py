@@ -16,14 +16,19 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.neural_memory.gpu_plan import Plan, anew, load, shared
+from pallas_kernels.neural_memory.gpu_plan import Course, Plan, anew, load, shared
 from pallas_kernels.neural_memory.gpu_pull import Pulled
 from pallas_kernels.neural_memory.gpu_walk import Memories, Shares, send
 from pallas_kernels.tiles import ALONG_ROWS, TILE, over_columns, zeros
 
 
 def token_gradients(
-    plan: Plan, k: jax.Array, shares: jax.Array, memories: Memories, pulled: Pulled
+    plan: Plan,
+    k: jax.Array,
+    shares: jax.Array,
+    memories: Memories,
+    pulled: Pulled,
+    course: Course | None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Gradients of k and v `[B,T,M,64]` and of shares `[B,M,n,5,64]`; arguments as for `pull`.
 
@@ -100,7 +105,7 @@ def token_gradients(
     tokens = jax.ShapeDtypeStruct(k.shape, k.dtype)
     return plan.launch(
         neural_memory_token_gradients, k, shares, tuple(memories), tuple(pulled),
-        grid={"batch": B, "memory": M, "chunk": chunks},
+        grid={"batch": B, "memory": M, "chunk": chunks}, course=course,
         out_type=(tokens, tokens, jax.ShapeDtypeStruct(shares.shape, jnp.float32)),
         scratch={
             "keys": shared(), "errors": shared(), "outputs": shared(),

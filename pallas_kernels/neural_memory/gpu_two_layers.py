@@ -5,7 +5,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.neural_memory.gpu_plan import Plan
+from pallas_kernels.neural_memory import gpu_einsums as einsums
+from pallas_kernels.neural_memory.gpu_plan import Course, Plan, pull_course
 from pallas_kernels.neural_memory.gpu_pull import pull
 from pallas_kernels.neural_memory.gpu_read import Views, read
 from pallas_kernels.neural_memory.gpu_read_pull import read_pull
@@ -14,52 +15,69 @@ from pallas_kernels.neural_memory.gpu_walk import Memories, walk
 from pallas_kernels.tiles import TILE
 
 
-def answer(plan: Plan, q, k, v, shares, views: Views, weights):
-    """Answers `[B,T,N,64]`, and W and S of each layer after the last chunk.
+def answer(plan: Plan, q, k, v, shares, views: Views, starts, course: Course | None):
+    """Answers `[B,T,N,H]`; W and S of each layer after the last chunk, W before every one.
 
     Args:
       plan: options.
-      q: queries `[B,T,N,64]`.
+      q: queries `[B,T,N,H]`.
       k, v, shares: as for `gpu_walk.walk`.
       views: as for `gpu_read.read`.
-      weights: the network before the first chunk.
+      starts: W and S of each layer before the first chunk.
+      course: as for `gpu_walk.walk`.
     """
-    memories, ends = _train(plan, k, v, shares, *weights)
-    return _read(plan, q, k, memories, views), ends
+    memories, ends = _train(plan, k, v, shares, starts, course)
+    H, F = starts[0].shape[-2:]
+    if H == TILE:
+        out = _read(plan, q, k, memories, views, course)
+    else:
+        inputs = einsums.by_chunk(k), memories.hidden
+        out = einsums.read(plan, q, views, inputs, (memories.first, memories.second))
+    return out, ends, (memories.first[..., :H, :], memories.second[..., :F, :])
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _train(plan: Plan, k, v, shares, w1, w2):
-    return walk(plan, k, v, shares, (w1, w2))
+def _train(plan: Plan, k, v, shares, starts, course: Course | None):
+    return walk(plan, k, v, shares, starts, course, keep=False)[:2]
 
 
-def _train_forward(plan, k, v, shares, w1, w2):
-    memories, ends = walk(plan, k, v, shares, (w1, w2))
-    return (memories, ends), (k, shares, memories)
+def _train_forward(plan, k, v, shares, starts, course):
+    memories, ends, slopes = walk(plan, k, v, shares, starts, course, keep=True)
+    return (memories, ends), (k, shares, memories, slopes, course)
 
 
 def _train_backward(plan, residuals, cotangents):
-    k, shares, memories = residuals
-    pulled, (d_w1, _, d_w2, _) = pull(plan, k, shares, memories, *cotangents)
-    return *token_gradients(plan, k, shares, memories, pulled), d_w1, d_w2
+    k, shares, memories, slopes, course = residuals
+    d_memories, d_ends = cotangents
+    pulled, d_starts = pull(plan, k, shares, memories, slopes, d_memories, d_ends, course)
+    H, F = k.shape[-1], memories.hidden.shape[-1]
+    if H == TILE:
+        d_tokens = token_gradients(plan, k, shares, memories, pulled, course)
+    else:
+        d_tokens = einsums.token_gradients(
+            shares, (einsums.by_chunk(k), memories.hidden), (memories.first, memories.second),
+            (pulled.first, pulled.second), pulled.hidden, pulled.outputs,
+        )  # fmt: skip
+    d_after = pulled.first[..., :H, :], pulled.second[..., :F, :]
+    return *d_tokens, d_starts, pull_course(course, d_after)
 
 
 _train.defvjp(_train_forward, _train_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _read(plan: Plan, q, k, memories: Memories, views: Views):
-    return read(plan, q, k, memories, views, keep=False)[0]
+def _read(plan: Plan, q, k, memories: Memories, views: Views, course: Course | None):
+    return read(plan, q, k, memories, views, course, keep=False)[0]
 
 
-def _read_forward(plan, q, k, memories, views):
-    out, *parts = read(plan, q, k, memories, views, keep=True)
-    return out, (q, k, memories, views, parts)
+def _read_forward(plan, q, k, memories, views, course):
+    out, *parts = read(plan, q, k, memories, views, course, keep=True)
+    return out, (q, k, memories, views, course, parts)
 
 
 def _read_backward(plan, residuals, d_out):
-    q, k, memories, views, parts = residuals
-    d_q, d_k, d_memories, d_views = read_pull(plan, q, k, memories, views, d_out)
+    q, k, memories, views, course, parts = residuals
+    d_q, d_k, d_memories, d_views = read_pull(plan, q, k, memories, views, course, d_out)
     (B, _, N, _), M = q.shape, k.shape[2]
     d_kept, d_carried = (
         jnp.sum(d_out.astype(jnp.float32) * part, axis=-1).swapaxes(1, 2).reshape(B, N, -1, TILE)
@@ -74,7 +92,7 @@ def _read_backward(plan, residuals, d_out):
         x = x.reshape(*x.shape[:axis], M, N // M, *x.shape[axis + 1 :])
         return x.astype(jnp.float32).sum(axis=axis + 1).astype(x.dtype)
 
-    return d_q, per_memory(d_k, 2), *jax.tree.map(per_memory, (d_memories, d_views))
+    return d_q, per_memory(d_k, 2), *jax.tree.map(per_memory, (d_memories, d_views)), None
 
 
 _read.defvjp(_read_forward, _read_backward)

@@ -1,4 +1,4 @@
-r"""The walk over chunks that trains the memory: one cluster a memory, 64 hidden units a CTA.
+r"""The walk over chunks that trains the memory: one cluster a memory.
 
 With gradients at the network before the chunk, and g, n the shares of its writes that the last
 token sees in the network and in momentum (b, f and m those of what came in):
@@ -6,8 +6,26 @@ token sees in the network and in momentum (b, f and m those of what came in):
     Z_1 = K W_1,  X_2 = σ(Z_1),  E_2 = 2 (X_2 W_2 - V),  E_1 = (E_2 W_2ᵀ) σ'(Z_1)
     W' = b W + f S - Xᵀ (g E),   S' = m S - Xᵀ (n E)          X = K, X_2;  E = E_1, E_2
 
-Network and momentum of 64 hidden units are four tiles of 64 x 64 in float32: two for each of two
-warpgroups, one a layer, which stay in registers. X_2 W_2 alone is a sum over the cluster.
+A CTA has 64 hidden units, and 64 of the H numbers of keys and values. Of these, network and
+momentum are four tiles of 64 x 64 in float32: two for each of two warpgroups, one a layer, which
+stay in registers, 64 a thread. X_2 W_2 is a sum over the units of the cluster; with H = 128, K W_1
+and E_2 W_2ᵀ are sums over its two halves of keys and values.
+
+H = 128 and F = 512 make four times the memory of H = 64 and F = 256, 1 MB with momentum. With both
+halves in a CTA, its 64 units would take 128 registers of every thread, and with them 128 x 64
+accumulators as many again; operands in shared memory would take 213 KB here and 312 KB in
+`gpu_pull`, of 227. In halves a thread has what it has with H = 64. Shared memory, in KB:
+
+                                            walk             pull
+    operands of states and errors           64               -
+    tiles of a chunk, slopes included       40               112
+    tokens, two chunks of them              32               64
+    gates                                    5               5
+    sum over units: sent, received          16 + 2 x 16      8 + 2 x 8    (of 4 units: 3 received)
+    sum over halves: sent, received         16 + 16          8 + 8
+                                            221              221
+
+at clusters of 2 x 8. More than 8 CTAs are beyond what every GPU must offer; an H200 grants 16.
 
 A chunk waits for the one before it through this chain of products and what lies between:
 
@@ -29,16 +47,28 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.neural_memory.gpu_plan import LAYER, SLICE, Exchange, Plan, anew, load, shared
-from pallas_kernels.tiles import ALONG_ROWS, TILE, WGMMA, over_columns, zeros
+from pallas_kernels.neural_memory.gpu_plan import (
+    LAYER,
+    PART,
+    SLICE,
+    Course,
+    Exchange,
+    Plan,
+    anew,
+    follow,
+    load,
+    load_float32,
+    shared,
+)
+from pallas_kernels.tiles import ALONG_ROWS, TILE, over_columns
 
 
 class Memories(NamedTuple):
     """What every chunk starts from, and writes, in bfloat16; arrays, or refs inside a kernel.
 
     Attributes:
-      first: W_1, S_1 and E_1 one upon another, `[B,M,n,64+64+64,F]`.
-      second: W_2, S_2 and E_2, `[B,M,n,F+F+64,64]`.
+      first: W_1, S_1 and E_1 one upon another, `[B,M,n,H+H+64,F]`.
+      second: W_2, S_2 and E_2, `[B,M,n,F+F+64,H]`.
       hidden: the inputs X_2 of the second layer, `[B,M,n,64,F]`.
     """
 
@@ -48,62 +78,85 @@ class Memories(NamedTuple):
 
 
 def walk(
-    plan: Plan, k: jax.Array, v: jax.Array, shares: jax.Array, start: tuple[jax.Array, ...]
-) -> tuple[Memories, tuple[jax.Array, ...]]:
+    plan: Plan,
+    k: jax.Array,
+    v: jax.Array,
+    shares: jax.Array,
+    starts: tuple[jax.Array, ...],
+    course: Course | None,
+    *,
+    keep: bool,
+) -> tuple[Memories, tuple[jax.Array, ...], jax.Array | None]:
     """The memories of all chunks, and the last.
 
     Args:
       plan: options.
-      k: keys `[B,T,M,64]`.
-      v: values `[B,T,M,64]`.
+      k: keys `[B,T,M,H]`.
+      v: values `[B,T,M,H]`.
       shares: what a chunk's last token holds, `[B,M,n,5,64]`: of the gradient of every token, in
         the network and in momentum; and of what came in, of network in network, momentum in network
         and momentum in momentum, each repeated.
-      start: `[B,M,64,F]` and `[B,M,F,64]`.
+      starts: the first W_1, S_1 `[B,M,H,F]`, W_2 and S_2 `[B,M,F,H]`, in float32.
+      course: of the rows, or None where all walk all chunks, of one document.
+      keep: whether to keep what `gpu_pull` needs of σ.
 
     Returns:
-      Memories, and the final W_1, S_1, W_2 and S_2 in float32.
+      Memories; the final W_1, S_1, W_2 and S_2; and of every chunk σ'(Z_1) and D σ''(Z_1), D = E_2
+      W_2ᵀ, one upon another, `[B,M,n,64+64,F]` in bfloat16.
     """
-    (B, T, M, _), F = k.shape, start[0].shape[-1]
-    chunks, slices = T // TILE, F // TILE
-    exchange = Exchange(slices, jnp.float32)
+    (B, T, M, H), F = k.shape, starts[0].shape[-1]
+    chunks, parts, slices = T // TILE, H // TILE, F // TILE
+    over_units = Exchange(SLICE, slices, jnp.float32, slots=3 if parts == 1 else 2)
+    over_parts = Exchange(PART, parts, jnp.float32)
     products = plan.products
 
     def neural_memory_walk(
-        k, v, shares, starts, kept, ends, through,
-        *, layers, x2, e2, pulled, tokens, gates, arrivals, mailbox, ready,
+        k, v, shares, starts, course, kept, ends, slopes, through,
+        *, layers, x2, e2, pulled, slope_tiles, tokens, gates, arrivals, mailboxes, ready,
     ):  # fmt: skip
-        batch, memory, own = (lax.axis_index(axis) for axis in ("batch", "memory", SLICE))
+        batch, memory, part, own = (
+            lax.axis_index(axis) for axis in ("batch", "memory", PART, SLICE)
+        )
         here = batch, memory
-        units = pl.ds(own * TILE, TILE)
         first, second, hidden = kept
-        all_tiles = layers, x2, e2, pulled
+        all_tiles = layers, x2, e2, pulled, slope_tiles
+        length, renew = follow(course, batch, chunks)
 
-        def rows(part):
-            return pl.ds(part * TILE, TILE)
+        def block(i):
+            return pl.ds(i * TILE, TILE)
 
-        def sweep(layer, array, place, step):
+        units, channels = block(own), block(part)
+        places = (*here, channels, units), (*here, units, channels)
+
+        def sum_parts(x, turn):
+            return over_parts.sum(x, turn, mailboxes[0], through[0], (*here, own))
+
+        def sum_units(x, turn):
+            return over_units.sum(x, turn, mailboxes[1], through[1], (*here, part))
+
+        def sweep(layer, array, step):
             """Walks the chunks with the state of one layer, from tokens of its array."""
+            place = places[layer]
             here_slots = tokens[layer], gates[layer], arrivals[layer]
 
             def prefetch(i, slot):
                 token, gate, arrival = (x.at[slot] for x in here_slots)
-                plgpu.copy_gmem_to_smem(array.at[batch, rows(i), memory], token, arrival)
+                plgpu.copy_gmem_to_smem(array.at[batch, block(i), memory, channels], token, arrival)
                 plgpu.copy_gmem_to_smem(shares.at[(*here, i)], gate, arrival)
 
             def body(i, state):
                 slot = lax.rem(i, 2)
                 token, gate, arrival = (x.at[slot] for x in here_slots)
                 plgpu.barrier_wait(arrival)
-                pl.when(i + 1 < chunks)(lambda: prefetch(i + 1, 1 - slot))
+                pl.when(i + 1 < length)(lambda: prefetch(i + 1, 1 - slot))
                 return step(i, token, Shares.read(gate), state)
 
             prefetch(0, 0)
-            weights = plgpu.load(starts[layer].at[place], layout=WGMMA, optimized=False)
-            state = weights, zeros(TILE)
+            own_starts, own_ends = (x[2 * layer : 2 * layer + 2] for x in (starts, ends))
+            state = tuple(load_float32(x.at[place]) for x in own_starts)
             put(anew(layers[layer], own)[:2], state)
-            state = lax.fori_loop(0, chunks, body, state)
-            for target, numbers in zip(ends[2 * layer : 2 * layer + 2], state, strict=True):
+            state = lax.fori_loop(0, length, body, state)
+            for target, numbers in zip(own_ends, state, strict=True):
                 target[place] = numbers
             if layer == 0:
                 plgpu.barrier_wait(ready.stepped)
@@ -118,8 +171,8 @@ def walk(
         def _():
             def step(i, k, shares, state):
                 at = *here, i
-                (tiles, (second_weights, *_)), x2, e2, pulled = anew(all_tiles, i)
-                z = products.product(k, tiles.weights)
+                (tiles, (second_weights, *_)), x2, e2, pulled, slope_tiles = anew(all_tiles, i)
+                z = sum_parts(products.product(k, tiles.weights), 0)
                 x, _, _ = plan.activate(z)
                 pl.when(i > 0)(lambda: plgpu.barrier_wait(ready.stepped))
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
@@ -129,85 +182,96 @@ def walk(
                 # What the other warpgroup does not wait for comes while this one waits for it.
                 put([tiles.momentum], state[1:])
                 send(
-                    (tiles.weights, first.at[(*at, rows(0), units)]),
-                    (tiles.momentum, first.at[(*at, rows(1), units)]),
+                    (tiles.weights, first.at[(*at, channels, units)]),
+                    (tiles.momentum, first.at[(*at, block(parts + part), units)]),
                 )
-                _, slope, _ = plan.activate(lax.optimization_barrier(z))
+                _, slope, bend = plan.activate(lax.optimization_barrier(z))
+                rows = [slope_tiles.at[block(i)] for i in range(2)] if keep else []
+                if keep:
+                    put(rows, (slope, bend))
                 state = shares.decay(*state)
                 plgpu.barrier_wait(ready.errors)
-                error = slope * products.product(e2, second_weights.transpose((1, 0)))
+                error = products.product(e2, second_weights.transpose((1, 0)))
                 plgpu.barrier_arrive(ready.pulled)
+                error = sum_parts(error, 1)
+                copies = [
+                    (x2, hidden.at[(*at, slice(None), units)]),
+                    (pulled, first.at[(*at, block(2 * parts), units)]),
+                ]
+                if keep:
+                    put(rows[1:], [load(rows[1]) * error])
+                    copies.append((slope_tiles, slopes.at[(*at, slice(None), units)]))
+                error *= slope
                 shares.scale(error, tiles)
                 plgpu.commit_smem()
 
                 def send_writes():
                     put([pulled], [error])
-                    send(
-                        (x2, hidden.at[(*at, slice(None), units)]),
-                        (pulled, first.at[(*at, rows(2), units)]),
-                    )
+                    send_first(part, *copies)
 
-                state = write(products, state, k, tiles, send_writes)
+                state = renew(i, 0, places[0], write(products, state, k, tiles, send_writes))
                 plgpu.wait_smem_to_gmem(1, wait_read_only=True)
                 put([tiles.weights], state[:1])
                 return state
 
-            sweep(0, k, (*here, slice(None), units), step)
+            sweep(0, k, step)
 
         @pl.when(lax.axis_index(LAYER) == 1)
         def _():
             def step(i, v, shares, state):
                 at = *here, i
-                (_, tiles), x2, e2, _ = anew(all_tiles, i)
+                (_, tiles), x2, e2, *_ = anew(all_tiles, i)
                 send(
-                    (tiles.weights, second.at[(*at, rows(own))]),
-                    (tiles.momentum, second.at[(*at, rows(slices + own))]),
+                    (tiles.weights, second.at[(*at, units, channels)]),
+                    (tiles.momentum, second.at[(*at, block(slices + own), channels)]),
                 )
                 state = shares.decay(*state)
                 plgpu.barrier_wait(ready.inputs)
-                part = products.product(x2, tiles.weights)
-                total = exchange.sum(
-                    part, lax.rem(i, 2), mailbox, None if through is None else through.at[here]
-                )  # fmt: skip
+                total = sum_units(products.product(x2, tiles.weights), lax.rem(i, 2))
                 error = 2 * (total - load(v))
                 plgpu.wait_smem_to_gmem(1, wait_read_only=True)
                 e2[...] = error.astype(e2.dtype)
                 plgpu.commit_smem()
                 plgpu.barrier_arrive(ready.errors)
-                send_first(own, e2, second.at[(*at, rows(2 * slices))])
+                send_first(own, (e2, second.at[(*at, block(2 * slices), channels)]))
                 shares.scale(error, tiles)
                 plgpu.commit_smem()
-                state = write(products, state, x2, tiles)
+                state = renew(i, 1, places[1], write(products, state, x2, tiles))
                 plgpu.wait_smem_to_gmem(1, wait_read_only=True)
                 plgpu.barrier_wait(ready.pulled)
                 put((tiles.weights, tiles.momentum), state)
                 plgpu.barrier_arrive(ready.stepped)
                 return state
 
-            sweep(1, v, (*here, units), step)
+            sweep(1, v, step)
 
     kept = Memories(
         *(
             jax.ShapeDtypeStruct((B, M, chunks, *shape), jnp.bfloat16)
-            for shape in ((3 * TILE, F), (2 * F + TILE, TILE), (TILE, F))
+            for shape in ((2 * H + TILE, F), (2 * F + TILE, H), (TILE, F))
         )
     )
-    ends = tuple(jax.ShapeDtypeStruct(x.shape, jnp.float32) for x in start for _ in range(2))
-    kept, ends, _ = plan.launch(
-        neural_memory_walk, k, v, shares, tuple(start),
-        grid={"batch": B, "memory": M}, slices=slices,
-        out_type=(tuple(kept), ends, exchange.through(B, M)),
+    ends = tuple(jax.ShapeDtypeStruct(x.shape, jnp.float32) for x in starts)
+    slopes = jax.ShapeDtypeStruct((B, M, chunks, 2 * TILE, F), jnp.bfloat16) if keep else None
+    kept, ends, slopes, _ = plan.launch(
+        neural_memory_walk, k, v, shares, tuple(starts), course,
+        grid={"batch": B, "memory": M}, cluster={PART: parts, SLICE: slices},
+        out_type=(
+            tuple(kept), ends, slopes,
+            (over_parts.through(B, M, slices), over_units.through(B, M, parts)),
+        ),
         scratch={
             "layers": (Layer(*(shared() for _ in Layer._fields)),) * 2,
             "x2": shared(), "e2": shared(), "pulled": shared(),
+            "slope_tiles": shared(2 * TILE) if keep else None,
             "tokens": (plgpu.SMEM((2, TILE, TILE), jnp.bfloat16),) * 2,
             "gates": (plgpu.SMEM((2, 5, TILE), jnp.float32),) * 2,
             "arrivals": (plgpu.Barrier(num_arrivals=2, num_barriers=2),) * 2,
             "ready": Ready(*(plgpu.Barrier() for _ in Ready._fields)),
-            "mailbox": exchange.scratch(),
+            "mailboxes": (over_parts.scratch(), over_units.scratch()),
         },
     )  # fmt: skip
-    return Memories(*kept), tuple(ends)
+    return Memories(*kept), tuple(ends), slopes
 
 
 class Layer(NamedTuple):
@@ -287,7 +351,12 @@ def send(*copies: tuple[Any, Any]) -> None:
         plgpu.copy_smem_to_gmem(source, target, commit_group=n == len(copies))
 
 
-def send_first(own, source, target) -> None:
-    """The same, from the first CTA of a cluster: the others have the same but for rounding."""
-    pl.when(own == 0)(lambda: plgpu.copy_smem_to_gmem(source, target, commit_group=False))
+def send_first(own, *copies: tuple[Any, Any]) -> None:
+    """The same, from the first CTA of those that have the same but for rounding."""
+
+    @pl.when(own == 0)
+    def _():
+        for source, target in copies:
+            plgpu.copy_smem_to_gmem(source, target, commit_group=False)
+
     plgpu.commit_smem_to_gmem_group()

@@ -5,20 +5,27 @@ memory, which leaves network, momentum and writes of every chunk in global memor
 else is done for every chunk by itself: queries are answered (`gpu_read`), and coefficients of gates
 are XLA's. The gradient goes the same way back: chunks by themselves (`gpu_read_pull`), a walk in
 reverse that carries the gradient of the memory (`gpu_pull`), and chunks by themselves for what
-follows from it for keys, values and gates (`gpu_tokens`). Of one layer only the walks are kernels
-(`gpu_linear`).
+follows from it for keys, values and gates (`gpu_tokens`). Of one layer (`gpu_linear`), and of keys
+and values of 128, only the walks are kernels; for chunks by themselves there are batched products
+of XLA then (`gpu_einsums`).
+
+Rows may hold documents, laid out in windows of 64 slots. Where one begins, a walk fetches the fresh
+network in place of its state; rows with fewer windows walk fewer (`gpu_plan.Course`).
 
 On an H200, 4 x 8192 tokens of 4 heads with 256 hidden units, projections of tokens of width 384
 included, took 0.90 ms forward, of it 0.54 for the walk and 0.15 to read, and 2.99 ms forward and
 backward: walks 0.51 and 0.67, to read 0.15 and 0.44, tokens 0.21, and 1.0 ms in XLA.
 XLA's form took 6.7 and 24.6 ms. (In the record the row without projections was disturbed, by
 another program on the GPU it seems: backward, the same kernels took 1.6 to 4.7 times as long.)
+Since then the walk keeps what the walk in reverse needs of the activation, which found it by itself
+and spilled registers, and clusters have a second axis. No GPU has run them so.
 
-What the walk leaves is kept for the gradient, 4 H F + 2 C F + C H bfloat16 numbers a chunk and
+What the walk leaves is kept for the gradient, 4 H F + 4 C F + C H bfloat16 numbers a chunk and
 memory. Operands of products are bfloat16, and so are what is kept and its gradients; network,
-momentum, their gradients and all sums but one (that of `gpu_pull` over a cluster) are float32.
+momentum, their gradients and all sums but those of `gpu_pull` over a cluster are float32.
 """
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -26,12 +33,18 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.neural_memory import gpu_one_layer, gpu_two_layers
-from pallas_kernels.neural_memory.gpu_plan import Plan
+from pallas_kernels.neural_memory.gpu_plan import Course, Plan
 from pallas_kernels.neural_memory.gpu_read import Views
 from pallas_kernels.tiles import TILE
 
-MOST_HIDDEN = 256
-"""Hidden units that clusters of four CTAs hold."""
+Layers = tuple[jax.Array, ...]
+"""An array a layer."""
+
+SIZES = TILE, 2 * TILE
+"""Of keys and values. A CTA holds one tile of each layer: 64 of these numbers, 64 hidden units."""
+
+EXPANSION = 4
+"""Hidden units of a memory of two layers, in sizes of its keys: clusters of up to 4 or 16 CTAs."""
 
 
 def neural_memory(
@@ -39,27 +52,33 @@ def neural_memory(
     k: jax.Array,
     v: jax.Array,
     coefficients: Any,
-    weights: tuple[jax.Array, ...],
+    weights: Layers,
+    momentum: Layers,
+    course: Course | None = None,
     *,
     activation: str,
     interpret: bool = False,
-) -> tuple[jax.Array, tuple[jax.Array, ...], tuple[jax.Array, ...]]:
+) -> tuple[jax.Array, Layers, Layers, Layers]:
     """Answers of a memory that is trained on the way; differentiable in every array.
 
     Args:
-      q: queries `[B,T,M,G,64]`, bfloat16; T is a multiple of 64.
-      k: keys `[B,T,M,64]`.
-      v: values `[B,T,M,64]`.
+      q: queries `[B,T,M,G,H]`, bfloat16; T is a multiple of 64.
+      k: keys `[B,T,M,H]`.
+      v: values `[B,T,M,H]`.
       coefficients: what each token of a chunk of 64 sees, and what the chunk leaves behind, as
         `lcattn.ops.neural_memory.coefficients` says: `kept` and `carried` `[B,M,n,64]`, `written`
         `[B,M,n,64,64]`, `momentum` `[B,M,n]` and `pending` `[B,M,n,64]`.
-      weights: the network before the first chunk in float32, `[B,M,64,F]` and `[B,M,F,64]`, or
-        `[B,M,64,64]` alone.
+      weights: the network before the first chunk in float32, `[B,M,H,F]` and `[B,M,F,H]`, or
+        `[B,M,H,H]` alone.
+      momentum: its momentum there.
+      course: which rows walk only some of the chunks, and which chunks begin a document. None: all
+        walk all, of one document.
       activation: by name, "gelu" in its tanh form.
       interpret: whether to run in the CPU simulator.
 
     Returns:
-      `[B,T,M,G,64]` in the dtype of q, and the network and its momentum after the last chunk.
+      `[B,T,M,G,H]` in the dtype of q, the network and its momentum after the last chunk, and the
+      network before every chunk in bfloat16, of each layer `[B,M,n,in,out]`.
 
     Raises:
       ValueError: saying why these kernels do not serve the call.
@@ -74,11 +93,14 @@ def neural_memory(
     decays = jnp.stack([c.kept[..., -1], c.carried[..., -1], c.momentum], axis=-1)
     decays = jnp.broadcast_to(decays[..., None], (*decays.shape, TILE))
     shares = jnp.concatenate([c.written[..., -1:, :], c.pending[..., None, :], decays], axis=-2)
-    heads = q.reshape(*q.shape[:2], -1, TILE)
+    if course is not None:
+        shares = jnp.where(course.renews[:, None, :, None, None] > 0, 0, shares)
+    heads = q.reshape(*q.shape[:2], -1, q.shape[-1])
     layers = gpu_one_layer if len(weights) == 1 else gpu_two_layers
     views = Views(c.kept, c.carried, c.written)
-    out, ends = layers.answer(plan, heads, k, v, shares, views, weights)
-    return out.reshape(q.shape), ends[::2], ends[1::2]
+    starts = tuple(itertools.chain(*zip(weights, momentum, strict=True)))
+    out, ends, befores = layers.answer(plan, heads, k, v, shares, views, starts, course)
+    return out.reshape(q.shape), ends[::2], ends[1::2], befores
 
 
 def objection(*, dtype, length: int, chunk: int, sizes: Sequence[int]) -> str | None:
@@ -87,11 +109,11 @@ def objection(*, dtype, length: int, chunk: int, sizes: Sequence[int]) -> str | 
         return f"take bfloat16, not {jnp.dtype(dtype).name}"
     if chunk != TILE or length < TILE:
         return f"take chunks of {TILE} tokens and a whole one at least, not {chunk} of {length}"
-    ends, hidden = {sizes[0], sizes[-1]}, sizes[1:-1]
-    served = not hidden or (len(hidden) == 1 and hidden[0] in range(TILE, MOST_HIDDEN + 1, TILE))
-    if ends != {TILE} or not served:
+    H, *hidden, last = sizes
+    units = range(TILE, EXPANSION * H + 1, TILE)
+    if H not in SIZES or last != H or len(hidden) > 1 or not all(F in units for F in hidden):
         return (
-            f"take layers of sizes {TILE} -> {TILE} or {TILE} -> F -> {TILE}, F a multiple of"
-            f" {TILE} up to {MOST_HIDDEN}, not {' -> '.join(map(str, sizes))}"
+            f"take layers of sizes H -> H or H -> F -> H, H = {SIZES[0]} or {SIZES[1]}, F a"
+            f" multiple of {TILE} up to {EXPANSION} H, not {' -> '.join(map(str, sizes))}"
         )
     return None

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lcattn.ops import neural_memory
+from lcattn.ops import NeuralMemoryState, neural_memory
 from lcattn.ops.neural_memory import kernel
 from pallas_kernels.neural_memory import gpu_activations, mosaic_gpu
 
@@ -43,16 +43,30 @@ def inputs(B, T, N, M, hidden, H=64, dtype=jnp.bfloat16):
     }  # fmt: skip
 
 
-def run(implementation, arrays):
-    out, state = neural_memory(**arrays, return_state=True, implementation=implementation)
-    return out, (state.weights, state.momentum, state.anchor)
+def under_way(arrays):
+    """A state inside a chunk."""
+    B, draw = len(arrays["q"]), np.random.default_rng(1)
+    weights, momentum, anchor = (
+        tuple(jnp.asarray(draw.normal(size=(B, *x.shape)) / x.shape[1] ** 0.5, jnp.float32)
+              for x in arrays["weights"])
+        for _ in range(3)
+    )  # fmt: skip
+    return NeuralMemoryState(weights, momentum, anchor, jnp.full((B,), 40, jnp.int32))
+
+
+def run(implementation, documents, arrays, state=None):
+    out, final = neural_memory(
+        **arrays, segment_ids=documents, initial_state=state, return_state=True,
+        implementation=implementation,
+    )  # fmt: skip
+    return out, (final.weights, final.momentum, final.anchor)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def values_and_gradients(implementation, arrays):
+def values_and_gradients(implementation, arrays, state=None, documents=None):
     """With every value as its own gradient."""
-    values, pull = jax.vjp(functools.partial(run, implementation), arrays)
-    return values, pull(values)
+    values, pull = jax.vjp(functools.partial(run, implementation, documents), arrays, state)
+    return values, jax.tree.map(lambda x: x.astype(jnp.float32), pull(values))
 
 
 def assert_close(got, want, tolerance):
@@ -65,17 +79,28 @@ def wide(arrays):
     return jax.tree.map(lambda x: x.astype(jnp.float32), arrays)
 
 
-def test_values_and_every_gradient_agree_with_the_xla_form(on_a_simulated_gpu):
-    arrays = inputs(1, 128, 2, 1, (128,))  # two chunks, a cluster of two, a memory of two heads
-    got = values_and_gradients("mosaic_gpu", arrays)
+PACKED = [[0] * 30 + [1] * 70 + [2] + [3] * 5 + [-1] * 2 + [4] * 64 + [5] * 3, [-1] * 175]
+"""Chunks that go on, that are whole and that are not; windows of several documents; padding."""
+
+CASES = {
+    # name: (B, T, N, M, hidden, H), documents
+    "two layers, a cluster of units, documents, going on inside a chunk, grouped queries": (
+        (1, 100, 2, 1, (128,), 64), [[0] * 30 + [1] * 3 + [2] * 66 + [-1]],
+    ),
+    "two layers of 128, a cluster of their halves, a rest": ((1, 140, 1, 1, (64,), 128), None),
+    "one layer of 128, documents, going on": ((2, 175, 1, 1, (), 128), PACKED),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_values_states_and_every_gradient_agree_with_the_xla_form(name, on_a_simulated_gpu):
+    shape, documents = CASES[name]
+    arrays = inputs(*shape)
+    state = None if documents is None else under_way(arrays)
+    ids = None if documents is None else jnp.asarray(documents)
+    got = values_and_gradients("mosaic_gpu", arrays, state, ids)
     assert got[0][0].dtype == jnp.bfloat16
-    assert_close(got, values_and_gradients("xla", wide(arrays)), 1.2e-2)
-
-
-def test_one_layer_and_the_rest_of_a_chunk(on_a_simulated_gpu):
-    arrays = inputs(1, 70, 1, 1, ())
-    got = values_and_gradients("mosaic_gpu", arrays)
-    assert_close(got, values_and_gradients("xla", wide(arrays)), 1e-2)
+    assert_close(got, values_and_gradients("xla", wide(arrays), state, ids), 1.2e-2)
 
 
 def test_gradients_lower_for_cuda(monkeypatch):
@@ -83,11 +108,11 @@ def test_gradients_lower_for_cuda(monkeypatch):
     shapes = jax.eval_shape(lambda: inputs(4, 8192, 4, 4, (256,)))
 
     def loss(arrays):
-        return jnp.sum(run("mosaic_gpu", arrays)[0].astype(jnp.float32))
+        return jnp.sum(run("mosaic_gpu", None, arrays)[0].astype(jnp.float32))
 
     text = jax.jit(jax.grad(loss)).trace(shapes).lower(lowering_platforms=("cuda",)).as_text()
-    names = "neural_memory_walk", "neural_memory_read", "neural_memory_pull"
-    assert all(name in text for name in (*names, "neural_memory_read_pull"))
+    for name in ("walk", "read", "pull", "read_pull", "token_gradients"):
+        assert f"neural_memory_{name}" in text
 
 
 @pytest.mark.parametrize("name", gpu_activations.ACTIVATIONS)
@@ -104,16 +129,15 @@ def test_derivatives_of_activations(name):
     ("change", "options", "message"),
     [
         ({"dtype": jnp.float32}, {}, "take bfloat16, not float32"),
-        ({"H": 128}, {}, "take layers of sizes 64 -> 64 or 64 -> F -> 64, .*, not 128 -> 64"),
+        ({"H": 32}, {}, "take layers of sizes H -> H or H -> F -> H, H = 64 or 128, .*, not 32"),
         ({"hidden": (96,)}, {}, "not 64 -> 96 -> 64"),
-        ({"hidden": (512,)}, {}, "up to 256, not 64 -> 512 -> 64"),
+        ({"hidden": (320,)}, {}, "up to 4 H, not 64 -> 320 -> 64"),
         ({"hidden": (64, 64)}, {}, "not 64 -> 64 -> 64 -> 64"),
         ({}, {"chunk_size": 32}, "take chunks of 64 tokens and a whole one at least, not 32"),
         ({"T": 63}, {}, "not 64 of 63"),
         ({}, {"activation": jnp.sin}, "knows no activation but those with names"),
-        ({}, {"segment_ids": jnp.zeros((1, 64), jnp.int32)}, "without segment_ids or initial"),
     ],
-    ids=["float32", "H", "96", "512", "layers", "chunk", "short", "activation", "packed"],
+    ids=["float32", "H", "96", "320", "layers", "chunk", "short", "activation"],
 )
 def test_a_call_that_is_not_served_is_told_why(change, options, message, on_a_simulated_gpu):
     arrays = inputs(**{"B": 1, "T": 64, "N": 1, "M": 1, "hidden": (64,)} | change)
@@ -126,14 +150,9 @@ def test_the_op_says_what_the_kernels_need():
         neural_memory(**inputs(1, 64, 1, 1, (64,)), implementation="mosaic_gpu")
 
 
-def test_long_sequences_and_two_layers_take_the_kernels_unasked(monkeypatch):
+def test_no_call_is_served_unasked(monkeypatch):
     monkeypatch.setattr(kernel.dispatch, "on_hopper", lambda: True)
     monkeypatch.setattr(jax, "device_count", lambda: 1)
-
-    def takes_them(*shape):
-        arrays = jax.eval_shape(lambda: inputs(*shape))
-        return "neural_memory_walk" in str(jax.make_jaxpr(lambda x: neural_memory(**x))(arrays))
-
-    assert takes_them(1, 8192, 1, 1, (64,))
-    assert not takes_them(1, 8191, 1, 1, (64,))
-    assert not takes_them(1, 8192, 1, 1, ())
+    arrays = jax.eval_shape(lambda: inputs(1, 8192, 1, 1, (64,)))
+    text = str(jax.make_jaxpr(lambda x: neural_memory(**x))(arrays))
+    assert "neural_memory_walk" not in text

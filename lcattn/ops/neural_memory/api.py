@@ -113,7 +113,9 @@ def neural_memory(
         `neural_memory_state`; of the same `chunk_size`.
       return_state: also return the state after the last token (of the last document).
       implementation: "mosaic_gpu" or "mosaic_tpu" (chunks, state on the chip; see
-        `pallas_kernels`), "xla" (chunks), "reference" (token by token), or None.
+        `pallas_kernels`), "xla" (chunks), "reference" (token by token), or None, which is
+        "xla". Only "xla" and "reference" have forward-mode and second derivatives: kernels have
+        a backward pass of their own.
 
     Returns:
       `[B,T,N,H]`, or that and the final state.

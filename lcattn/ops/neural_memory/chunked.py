@@ -50,7 +50,7 @@ def attend(
         return _aligned(tokens, fresh, chunk, activate)
     position = None if state is None else state.position
     windows = lay_out(segment_ids, position, tokens.decay.shape, chunk)
-    return _windowed(tokens, state or fresh, fresh, windows, activate)
+    return windowed(tokens, state or fresh, fresh, windows, activate)
 
 
 def _aligned(
@@ -79,7 +79,7 @@ def _aligned(
     return jnp.concatenate(outs, axis=1), state
 
 
-def _windowed(
+def windowed(
     tokens: Tokens,
     state: NeuralMemoryState,
     fresh: NeuralMemoryState,

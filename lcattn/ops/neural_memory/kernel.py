@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 
-import jax
 import jax.numpy as jnp
 
 from lcattn.ops import dispatch
@@ -11,11 +10,9 @@ from lcattn.ops.neural_memory import chunked
 from lcattn.ops.neural_memory.chunked import Tokens
 from lcattn.ops.neural_memory.coefficients import coefficients
 from lcattn.ops.neural_memory.network import Activation, name_of
-from lcattn.ops.neural_memory.state import NeuralMemoryState
+from lcattn.ops.neural_memory.state import NeuralMemoryState, select
+from lcattn.ops.neural_memory.windows import Windows, lay_out
 from lcattn.typing import Array
-
-_PAYS_FROM = 8192
-"""Tokens from which on the kernels are chosen unasked: the shortest length that was timed."""
 
 
 def attend(
@@ -27,18 +24,34 @@ def attend(
     chunk: int,
     activate: Callable[[Array], Array],
 ) -> tuple[Array, NeuralMemoryState]:
-    """As `chunked.attend`, of a call that `objection` lets pass; the rest of a chunk is XLA's."""
-    assert state is None
-    assert segment_ids is None
+    """As `chunked.attend`, of a call that `objection` lets pass."""
+    if state is None and segment_ids is None:
+        return _aligned(tokens, fresh, chunk, activate)
+    position = None if state is None else state.position
+    windows = lay_out(segment_ids, position, tokens.decay.shape, chunk)
+    if state is None:
+        return _windowed(tokens, fresh, fresh, windows, activate)
+    # The kernels take gradients at the network before a window. One that goes on with a chunk of
+    # the calls before has them taken elsewhere: it can only be the first, and is XLA's.
+    first, windows = windows.split()
+    begun, state = chunked.windowed(tokens, state, fresh, first, activate)
+    out, state = _windowed(tokens, state, fresh, windows, activate)
+    return out + begun.astype(out.dtype), state
+
+
+def _aligned(
+    tokens: Tokens, fresh: NeuralMemoryState, chunk: int, activate: Callable[[Array], Array]
+) -> tuple[Array, NeuralMemoryState]:
+    """Sequences from their start; the rest of a chunk is XLA's."""
     from pallas_kernels.neural_memory import mosaic_gpu
 
     length = tokens.q.shape[1]
     whole = length - length % chunk
     q, k, v, *gates = (x[:, :whole] for x in tokens)
-    by_chunk = (x.reshape(x.shape[0], -1, chunk, x.shape[2]).transpose(0, 3, 1, 2) for x in gates)
-    out, weights, momentum = mosaic_gpu.neural_memory(
-        q, k, v, coefficients(*by_chunk), fresh.weights, activation=name_of(activate)
-    )
+    out, weights, momentum, _ = mosaic_gpu.neural_memory(
+        q, k, v, coefficients(*_by_chunk(gates, chunk)), fresh.weights, fresh.momentum,
+        activation=name_of(activate),
+    )  # fmt: skip
     state = NeuralMemoryState(weights, momentum, weights, fresh.position)
     if whole == length:
         return out, state
@@ -49,6 +62,41 @@ def attend(
     return jnp.concatenate([out, rest.astype(out.dtype)], axis=1), state
 
 
+def _windowed(
+    tokens: Tokens,
+    state: NeuralMemoryState,
+    fresh: NeuralMemoryState,
+    windows: Windows,
+    activate: Callable[[Array], Array],
+) -> tuple[Array, NeuralMemoryState]:
+    """Streams and packed documents, where every window begins with a chunk."""
+    from pallas_kernels.neural_memory import mosaic_gpu
+    from pallas_kernels.neural_memory.gpu_plan import Course
+
+    start = select(windows.starts_document[0], fresh, state)
+    number = windows.used.any(axis=2).sum(axis=0, dtype=jnp.int32)
+    last = jnp.maximum(number - 1, 0)
+    renews = jnp.pad(windows.starts_document[1:], ((0, 1), (0, 0))).T.astype(jnp.int32)
+    q, k, v, *gates = map(windows.gather, tokens)
+    used, first = (x.swapaxes(0, 1)[:, None] for x in (windows.used, windows.first))
+    out, weights, momentum, networks = mosaic_gpu.neural_memory(
+        q, k, v, coefficients(*_by_chunk(gates, used.shape[-1]), used=used, first=first),
+        start.weights, start.momentum, Course(last + 1, renews, fresh.weights),
+        activation=name_of(activate),
+    )  # fmt: skip
+    # An anchor is but an operand of products, for which the networks before chunks are rounded.
+    rows = jnp.arange(len(last))
+    anchor = tuple(x[rows, :, last].astype(w.dtype) for x, w in zip(networks, weights, strict=True))
+    anchor = select(number > 0, anchor, state.anchor)
+    anchor = select(windows.position == 0, weights, anchor)
+    return windows.scatter(out), NeuralMemoryState(weights, momentum, anchor, windows.position)
+
+
+def _by_chunk(gates: Sequence[Array], chunk: int) -> list[Array]:
+    """`[B,T,M] -> [B,M,n,C]`."""
+    return [x.reshape(x.shape[0], -1, chunk, x.shape[2]).transpose(0, 3, 1, 2) for x in gates]
+
+
 def objection(
     *,
     sizes: Sizes,
@@ -56,16 +104,14 @@ def objection(
     weights: Sequence[Array],
     chunk: int,
     activation: Activation,
-    packed: bool,
-    continued: bool,
+    **other,
 ) -> str | None:
     """Why the kernels cannot serve a call, in words."""
+    del other
     if not dispatch.on_hopper():
         return "needs a Hopper GPU (compute capability 9.0)"
     if not isinstance(activation, str):
         return "knows no activation but those with names"
-    if packed or continued:
-        return "reads whole documents from their start, without segment_ids or initial_state"
     # Imported where it can run: it takes longer to import than the rest of the ops.
     from pallas_kernels.neural_memory import mosaic_gpu
 
@@ -75,11 +121,7 @@ def objection(
     )  # fmt: skip
 
 
-def pays(*, sizes: Sizes, weights: Sequence[Array], **call) -> bool:
-    """Whether the kernels are the better choice where they can serve: of two layers, an H200 found.
-
-    Compilers cannot partition them: over several devices they belong inside `shard_map`, and only
-    who writes that can tell.
-    """
+def pays(**call) -> bool:
+    """Never unasked for now: walks and gradients have changed since an H200 ran them."""
     del call
-    return len(weights) == 2 and sizes.T >= _PAYS_FROM and jax.device_count() == 1
+    return False

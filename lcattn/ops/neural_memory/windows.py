@@ -43,6 +43,23 @@ class Windows(NamedTuple):
         """`[B,nC,...] -> [B,T,...]`, zeros at padding."""
         return _take(x, self.slots)
 
+    def split(self) -> tuple["Windows", "Windows"]:
+        """The first window, and the others."""
+        width, most = self.used.shape[-1], self.tokens.shape[1]
+
+        def take(windows: slice, tokens: Array, slots: Array) -> "Windows":
+            return self._replace(
+                tokens=tokens, slots=slots, used=self.used[windows], first=self.first[windows],
+                starts_document=self.starts_document[windows],
+                starts_chunk=self.starts_chunk[windows],
+            )  # fmt: skip
+
+        later = jnp.where(self.slots < width, most, self.slots - width)
+        return (
+            take(slice(1), self.tokens[:, :width], self.slots),
+            take(slice(1, None), self.tokens[:, width:], later),
+        )
+
 
 def lay_out(
     segment_ids: Int[Array, "B T"] | None,
