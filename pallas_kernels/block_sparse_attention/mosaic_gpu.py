@@ -18,7 +18,7 @@ from jax import lax
 from pallas_kernels.block_sparse_attention.backward import key_gradients, query_gradients
 from pallas_kernels.block_sparse_attention.config import LaunchConfig, Walks, heuristic
 from pallas_kernels.block_sparse_attention.forward import attend
-from pallas_kernels.block_sparse_attention.items import NEVER, Lists
+from pallas_kernels.block_sparse_attention.items import NEVER, Lists, spans
 from pallas_kernels.block_sparse_attention.phases import by_keys, by_queries
 from pallas_kernels.block_sparse_attention.plan import LOG2_E, Plan, Rule
 from pallas_kernels.tiles import TILE
@@ -45,7 +45,8 @@ def block_sparse_attention(
       v: values `[B,S,K,H]`.
       lists: which blocks are read; b is B or 1, and h divides N.
       rule: positions of queries `[b,h,T]`, begins and ends of keys `[b,h,S]` in int32: a query at
-        position p reads a key only if `begin <= p < end`.
+        position p reads a key only if `begin <= p < end`; of a key that ends before it begins,
+        unless `end <= p < begin`.
       query_block, key_block: sizes of blocks, multiples of 64. A multiple of 128 is shared by two
         warpgroups.
       scale: factor of scores.
@@ -89,10 +90,11 @@ def block_sparse_attention(
         for x, n in ((q, queries), (k, keys), (v, keys))
     )
     positions, *edges = rule
+    edges = (jnp.pad(x, ((0, 0), (0, 0), (0, keys)), constant_values=NEVER) for x in edges)
     padded = Rule(
         # Queries that fill the last block are like its last one; keys that do are never seen.
         jnp.pad(positions, ((0, 0), (0, 0), (0, queries)), mode="edge"),
-        *(jnp.pad(x, ((0, 0), (0, 0), (0, keys)), constant_values=NEVER) for x in edges),
+        *spans(*edges),
     )
     out, lse = _attend(plan, q, k, v, lists, padded)
     return out[:, :T], lse.swapaxes(1, 2)[:, :T]

@@ -19,6 +19,7 @@ from pallas_kernels.block_sparse_attention.items import (
     Lists,
     by_keys,
     by_queries,
+    spans,
 )
 from pallas_kernels.block_sparse_attention.tpu_walks import (
     LN2,
@@ -56,7 +57,8 @@ def block_sparse_attention(
       lists: which blocks are read; b is B or 1, h is P or divides it, where P is K, or N if any
         list or rule has N heads.
       rule: positions of queries `[b,h,T]`, begins and ends of keys `[b,h,S]` in int32: a query at
-        position p reads a key only if `begin <= p < end`.
+        position p reads a key only if `begin <= p < end`; of a key that ends before it begins,
+        unless `end <= p < begin`.
       query_block, key_block: sizes of blocks, multiples of 128.
       scale: factor of scores.
       config: launch parameters; default: by shape.
@@ -100,9 +102,10 @@ def block_sparse_attention(
     positions = positions.reshape(*positions.shape[:2], m, 1, query_block)
     positions = jnp.tile(positions, (1, 1, 1, members, 1))
     fill = ((0, 0), (0, 0), (0, n * key_block - S))
+    edges = (jnp.pad(x, fill, constant_values=NEVER) for x in edges)
     padded = Rule(
         positions.reshape(*positions.shape[:2], 1, -1),
-        jnp.stack([jnp.pad(x, fill, constant_values=NEVER) for x in edges], axis=2),
+        jnp.stack(spans(*edges), axis=2),
     )
     out, lse = _attend(
         plan, rows(feature_major(q, m * query_block)),

@@ -27,16 +27,16 @@ LOG2_E = 1.4426950408889634
 
 
 class Rule(NamedTuple):
-    """A query at position p reads a key only if `begin <= p < end`.
+    """A query at position p reads a key only if `p - begin < span`, in int32 that wraps around.
 
     Attributes:
       positions: of queries, `[b,h,T]` in int32.
-      begins, ends: of keys, `[b,h,S]` in int32.
+      begins, spans: of keys, `[b,h,S]` in int32, as of `items.spans`.
     """
 
     positions: jax.Array
     begins: jax.Array
-    ends: jax.Array
+    spans: jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -246,8 +246,8 @@ class Plan:
             return lax.broadcast_in_dim(x, (TILE, width), [axis])
 
         position = numbers(rule.positions, rows == "queries")
-        begin, end = (numbers(x, rows == "keys") for x in (rule.begins, rule.ends))
-        return lambda t: jnp.where((begin <= position) & (position < end), t, -jnp.inf)
+        begin, span = (numbers(x, rows == "keys") for x in (rule.begins, rule.spans))
+        return lambda t: jnp.where(position - begin < span, t, -jnp.inf)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -55,11 +55,11 @@ class Plan:
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """A query at position p reads a key only if `begin <= p < end`.
+    """A query at position p reads a key only if `p - begin < span`, in int32 that wraps around.
 
     Attributes:
       positions: of queries, `[b,h,1,rows]` in int32.
-      edges: begins and ends of keys, `[b,h,2,S]` in int32.
+      edges: begins and spans of keys, `[b,h,2,S]` in int32, as of `items.spans`.
     """
 
     positions: jax.Array
@@ -238,8 +238,8 @@ class _Tile:
 
     def _seen(self, keys: Any) -> jax.Array:
         position = self._positions[...]
-        begin, end = (column(self._edges[i : i + 1, keys]) for i in (0, 1))
-        return (begin <= position) & (position < end)
+        begin, span = (column(self._edges[i : i + 1, keys]) for i in (0, 1))
+        return position - begin < span
 
 
 def _walk(

@@ -16,7 +16,7 @@ from lcattn.ops.block_sparse_attention.plan import BlockPlan
 from lcattn.ops.block_sparse_attention.rows import Layout, place, take
 from lcattn.ops.block_sparse_attention.tiles import whole_blocks
 from lcattn.ops.checks import accumulation_dtype
-from lcattn.ops.visibility import NEVER
+from lcattn.ops.visibility import NEVER, sees
 from lcattn.typing import Array
 
 
@@ -72,7 +72,7 @@ def _scores(
     position = layout.spread(lists.positions, rows)[..., :, None]
     begin, end = (take(edge, index)[..., None, :] for edge in (keys.begin, keys.end))
     is_listed = layout.spread(e < lists.count, rows)[..., None, None]
-    return index, x, is_listed & (begin <= position) & (position < end)
+    return index, x, is_listed & sees(position, begin, end)
 
 
 def _forward(layout, scale, q, k, v, lists, begin, end):

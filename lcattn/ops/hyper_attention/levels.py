@@ -17,7 +17,7 @@ Part = tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]
 
 @jax.custom_vjp
 def merge_levels(
-    levels: tuple[Float[Array, "B R N H"], Float[Array, "B R N"]],
+    levels: tuple[Float[Array, "B N R H"], Float[Array, "B N R"]],
     exact: Part | None,
     place: Int[Array, "B N L T"],
     readers: Int[Array, "B N R"],
@@ -36,20 +36,17 @@ def merge_levels(
 def _forward(levels, exact, place, readers):
     out, lse = levels
     places = [place[:, :, level] for level in range(place.shape[2])]
-    is_placed = [jnp.swapaxes(x, 1, 2) < out.shape[1] for x in places]
-    lses = [
-        jnp.where(seen, take(lse[..., None], x)[..., 0], -jnp.inf)
-        for x, seen in zip(places, is_placed, strict=True)
-    ]
+    lses = [jnp.where(x < lse.shape[2], take(lse, x), -jnp.inf) for x in places]
     if exact is not None:
-        lses.append(exact[1])
+        lses.append(jnp.swapaxes(exact[1], 1, 2))
     total = jax.nn.logsumexp(jnp.stack(lses), axis=0)
-    shares = [_share(x, total)[..., None] for x in lses]
-    outs = [take(out, x) for x in places]
+    shares = [_by_token(_share(x, total))[..., None] for x in lses]
+    outs = [_by_token(take(out, x)) for x in places]
     if exact is not None:
         outs.append(exact[0])
     parts = (share * x for share, x in zip(shares, outs, strict=True))
     merged = functools.reduce(jnp.add, parts).astype(out.dtype)
+    total = _by_token(total)
     return (merged, total), (levels, exact, place, readers, merged, total)
 
 
@@ -67,11 +64,16 @@ def _backward(residuals, gradients):
         return d_out, along - share * inner
 
     token = jnp.where(readers < place.shape[2] * T, readers % T, T)
-    own_inner, own_total = (take(x[..., None], token)[..., 0] for x in (inner, total))
-    own_total = jnp.where(jnp.swapaxes(token, 1, 2) < T, own_total, jnp.inf)
-    d_levels = of_part(take(g, token), own_inner, own_total, out, lse)
+    own_g, own_inner, own_total = (take(_by_token(x), token) for x in (g, inner, total))
+    own_total = jnp.where(token < T, own_total, jnp.inf)
+    d_levels = of_part(own_g, own_inner, own_total, out, lse)
     d_exact = None if exact is None else of_part(g, inner, total, *exact)
     return d_levels, d_exact, None, None
+
+
+def _by_token(x: Float[Array, "B N T *H"]) -> Float[Array, "B T N *H"]:
+    """Or by head, what is by token."""
+    return jnp.swapaxes(x, 1, 2)
 
 
 def _share(lse: Array, total: Array) -> Array:
