@@ -34,6 +34,7 @@ def block_sparse_attention(
     query_block: int,
     key_block: int,
     scale: float,
+    is_part: bool = False,
     config: LaunchConfig | None = None,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
@@ -50,6 +51,8 @@ def block_sparse_attention(
       query_block, key_block: sizes of blocks, multiples of 64. A multiple of 128 is shared by two
         warpgroups.
       scale: factor of scores.
+      is_part: whether gradients of the log-sum-exp come less the output's along itself, from a
+        softmax that the call is a part of.
       config: launch parameters; default: by sizes of blocks.
       interpret: whether to run in the CPU simulator. It takes a thread of XLA for each of three
         warpgroups and waits for ever where there are fewer: with two cores, say
@@ -82,7 +85,7 @@ def block_sparse_attention(
         q, scale = q * math.copysign(scale != 0, scale), -scale or 1.0
     plan = Plan(
         scale=scale, heads=N, query_block=query_block, key_block=key_block, config=config,
-        interpret=interpret,
+        is_part=is_part, interpret=interpret,
     )  # fmt: skip
     queries, keys = -T % query_block, -S % key_block
     q, k, v = (
@@ -138,9 +141,11 @@ def _attend_backward(plan, residuals, cotangents):
     q, k, v, lists, rule, out, lse = residuals
     g, d_lse = cotangents
     empty = jnp.isneginf(lse)
-    mean = jnp.sum(g.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
-    # XLA would fuse the sum into what rearranges it, which takes six times as long.
-    mean = lax.optimization_barrier(mean).swapaxes(1, 2) - jnp.where(empty, 0, d_lse)
+    mean = -jnp.where(empty, 0, d_lse)
+    if not plan.is_part:
+        along = jnp.sum(g.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
+        # XLA would fuse the sum into what rearranges it, which takes six times as long.
+        mean += lax.optimization_barrier(along).swapaxes(1, 2)
     numbers = jnp.stack([jnp.where(empty, jnp.inf, lse * LOG2_E), mean], axis=2)
     arrays = q, g, numbers, k, v
     dq = query_gradients(plan, *arrays, by_queries(lists), rule)

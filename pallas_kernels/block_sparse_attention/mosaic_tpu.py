@@ -45,6 +45,7 @@ def block_sparse_attention(
     query_block: int,
     key_block: int,
     scale: float,
+    is_part: bool = False,
     config: TpuLaunchConfig | None = None,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
@@ -61,6 +62,8 @@ def block_sparse_attention(
         unless `end <= p < begin`.
       query_block, key_block: sizes of blocks, multiples of 128.
       scale: factor of scores.
+      is_part: whether gradients of the log-sum-exp come less the output's along itself, from a
+        softmax that the call is a part of.
       config: launch parameters; default: by shape.
       interpret: whether to run in the TPU simulator.
 
@@ -84,7 +87,7 @@ def block_sparse_attention(
     config = config or tpu_heuristic(H=H, key_block=key_block)
     plan = Plan(
         scale=scale, rows=members * query_block, keys=key_block, strip=config.strip,
-        interpret=interpret,
+        is_part=is_part, interpret=interpret,
     )  # fmt: skip
 
     def rows(x):
@@ -160,8 +163,9 @@ def _attend_backward(plan, residuals, cotangents):
     d_out, d_lse = cotangents
     empty = jnp.isneginf(lse)
     # d x_ij = p_ij (d_out_i · v_j - d_out_i · out_i + d_lse_i)
-    mean = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=2, keepdims=True)
-    mean -= jnp.where(empty, 0, d_lse)
+    mean = -jnp.where(empty, 0, d_lse)
+    if not plan.is_part:
+        mean += jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=2, keepdims=True)
     numbers = jnp.concatenate([jnp.where(empty, 0, lse) / LN2, mean], axis=2)
     streams = q, d_out, numbers, k, v
     dq = query_gradients(plan, *streams, by_queries(lists), Rule(*rule))

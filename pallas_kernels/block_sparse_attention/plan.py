@@ -48,6 +48,7 @@ class Plan:
       heads: query heads.
       query_block, key_block: sizes of the blocks of lists.
       config: launch parameters.
+      is_part: what gradients of log-sum-exps are, as of `mosaic_gpu.block_sparse_attention`.
       interpret: whether to run in the CPU simulator.
     """
 
@@ -56,6 +57,7 @@ class Plan:
     query_block: int
     key_block: int
     config: LaunchConfig
+    is_part: bool = False
     interpret: bool = False
 
     @property

@@ -43,6 +43,7 @@ class Plan:
       rows: rows of a block of queries; heads that share a list are rows of one block.
       keys: keys of a block.
       strip: keys that are worked on at a time.
+      is_part: what gradients of log-sum-exps are, as of `mosaic_tpu.block_sparse_attention`.
       interpret: whether to run in the TPU simulator.
     """
 
@@ -50,6 +51,7 @@ class Plan:
     rows: int
     keys: int
     strip: int
+    is_part: bool = False
     interpret: bool = False
 
 

@@ -174,7 +174,7 @@ def _block_sparse(
         return _plan(q, k, drawn, bounds, options, *rest)
 
     plan = _map_heads(head, q, k, v, drawn, groups[:3])
-    exact = functools.partial(visible.attend, scale=options.scale)
+    exact = functools.partial(visible.attend, scale=options.scale, is_part=True)
     return block_sparse.attend(q, k, v, plan, options, _exact(q, k, v, groups, leaf, exact))
 
 

@@ -23,14 +23,14 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 
-from lcattn.ops.block_sparse_attention import BlockPlan, block_sparse_attention, kernel
+from lcattn.ops.block_sparse_attention import BlockPlan, block_sparse_part, kernel
 from lcattn.ops.block_sparse_attention.plan import BLOCK
 from lcattn.ops.block_sparse_attention.tiles import whole_blocks
 from lcattn.ops.block_sparse_attention.visible import default_block
 from lcattn.ops.checks import Sizes, accumulation_dtype
 from lcattn.ops.hyper_attention.levels import merge_levels
 from lcattn.ops.hyper_attention.plan import Options, Plan
-from lcattn.ops.hyper_attention.rearranged import rearrange, take
+from lcattn.ops.hyper_attention.rearranged import rearrange, rearrange_and_sample
 from lcattn.ops.visibility import HIDDEN, NEVER, Visibility
 from lcattn.typing import Array, Float, Int
 
@@ -46,7 +46,7 @@ def attend(
     options: Options,
     exact: tuple[Float[Array, "B T N H"], Float[Array, "B T N"]] | None,
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]:
-    """Outputs and log-sum-exps over all levels and what is not estimated.
+    """Outputs and log-sum-exps over all levels and what is not estimated, a part of the softmax.
 
     The arrays of `plan` have axes `[B,K,N/K,...]`.
     """
@@ -61,18 +61,16 @@ def attend(
         return x[:, :, 0].reshape(B, K, -1)
 
     def lay_out(x: Array) -> Array:
-        blocks = rearrange(x, key_heads(plan.keys), plan.key_place[:, :, 0])
-        # A key may be sampled often: its gradients are summed in `dtype`.
-        by_head = jnp.swapaxes(x, 1, 2).astype(dtype)
-        sampled = take(by_head, samples.tokens.reshape(B, K, -1)).astype(x.dtype)
-        return jnp.concatenate([blocks, sampled], axis=2).reshape(B * K, -1, 1, x.shape[-1])
+        sampled = samples.places.reshape(B, K, -1)
+        rows = rearrange_and_sample(x, key_heads(plan.keys), plan.key_place[:, :, 0], sampled)
+        return rows.reshape(B * K, -1, 1, x.shape[-1])
 
     place, readers = heads(plan.place, L, T), heads(plan.readers, -1)
     chunks = rearrange(q, heads(plan.queries(), -1), place)
     chunks = jnp.swapaxes(chunks.reshape(B * K, N // K, *chunks.shape[2:]), 1, 2)
-    levels = block_sparse_attention(
+    levels = block_sparse_part(
         chunks, lay_out(k), lay_out(v), block_plan(plan, samples, options, dtype),
-        scale=options.scale, return_lse=True,
+        scale=options.scale,
     )  # fmt: skip
     out, lse = (heads(jnp.swapaxes(x, 1, 2), -1, *x.shape[3:]) for x in levels)
     return merge_levels((out, lse), exact, place, readers)
@@ -82,23 +80,21 @@ class _Samples(NamedTuple):
     """The sampled keys of each group in blocks, e of them a group.
 
     Attributes:
-      tokens: that were drawn; S where a block is filled up.
+      places: among the keys of all blocks; past their end where a block is filled up.
       begin, end: the position from which they are seen and that up to which they are, around the
         circle: of a sample from block j, j + 1 and j. What fills a block up is never seen.
     """
 
-    tokens: Int[Array, "B K G P e s"]
+    places: Int[Array, "B K G P e s"]
     begin: Int[Array, "B K G P e s"]
     end: Int[Array, "B K G P e s"]
 
     @classmethod
     def of(cls, plan: Plan, options: Options) -> "_Samples":
-        keys = plan.keys.reshape(*plan.keys.shape[:3], 1, -1)
         places = jnp.sort(plan.samples, axis=-1)
-        tokens = jnp.take_along_axis(keys, places, axis=-1)
         block, size = places // options.block_size, key_block(options)
         return cls(
-            whole_blocks(tokens, size, constant_values=plan.key_place.shape[-1]),
+            whole_blocks(places, size, constant_values=math.prod(plan.keys.shape[-2:])),
             whole_blocks(block + 1, size, constant_values=NEVER),
             whole_blocks(block, size, constant_values=NEVER),
         )
@@ -126,7 +122,7 @@ def block_plan(plan: Plan, samples: _Samples, options: Options, dtype: jnp.dtype
     B, K, G, n, b = plan.keys.shape
     c = plan.readers.shape[-1]
     S, size = plan.key_place.shape[-1], key_block(options)
-    P, e = samples.tokens.shape[-3:-1]
+    P, e = samples.places.shape[-3:-1]
     own = b // size  # blocks of the plan to a block of alike keys
 
     def of_chunk(x: Array, index: Array) -> Array:

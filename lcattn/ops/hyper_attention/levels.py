@@ -1,7 +1,8 @@
 """One softmax from what each level gave, chunk by chunk, and what was not estimated.
 
 As `lcattn.ops.merging.merge`, whose results these are. But outputs of levels are fetched as they
-are added up, and gradients for them, of all levels at once, from those of the merged output.
+are added up, and gradients for them, of all levels at once, from those of the merged output, which
+takes parts as `block_sparse_part` makes them.
 """
 
 import functools
@@ -38,7 +39,7 @@ def _forward(levels, exact, place, readers):
     places = [place[:, :, level] for level in range(place.shape[2])]
     lses = [jnp.where(x < lse.shape[2], take(lse, x), -jnp.inf) for x in places]
     if exact is not None:
-        lses.append(jnp.swapaxes(exact[1], 1, 2))
+        lses.append(_by_token(exact[1]))
     total = jax.nn.logsumexp(jnp.stack(lses), axis=0)
     shares = [_by_token(_share(x, total))[..., None] for x in lses]
     outs = [_by_token(take(out, x)) for x in places]
@@ -46,28 +47,27 @@ def _forward(levels, exact, place, readers):
         outs.append(exact[0])
     parts = (share * x for share, x in zip(shares, outs, strict=True))
     merged = functools.reduce(jnp.add, parts).astype(out.dtype)
-    total = _by_token(total)
-    return (merged, total), (levels, exact, place, readers, merged, total)
+    merged = merged, _by_token(total)
+    exact_lse = None if exact is None else exact[1]
+    return merged, (lse, exact_lse, place, readers, *merged)
 
 
 def _backward(residuals, gradients):
-    (out, lse), exact, place, readers, merged, total = residuals
+    lse, exact_lse, place, readers, merged, total = residuals
     g, d_total = gradients
     T = place.shape[-1]
     # d x = p (g · v - inner) for the score x of a pair, whatever the level
     inner = jnp.sum(g.astype(lse.dtype) * merged.astype(lse.dtype), axis=-1) - d_total
 
-    def of_part(g, inner, total, out, lse):
+    def of_part(g, inner, total, lse):
         share = _share(lse, total)
-        d_out = (share[..., None] * g).astype(out.dtype)
-        along = jnp.sum(d_out.astype(lse.dtype) * out.astype(lse.dtype), axis=-1)
-        return d_out, along - share * inner
+        return (share[..., None] * g).astype(merged.dtype), -share * inner
 
     token = jnp.where(readers < place.shape[2] * T, readers % T, T)
     own_g, own_inner, own_total = (take(_by_token(x), token) for x in (g, inner, total))
     own_total = jnp.where(token < T, own_total, jnp.inf)
-    d_levels = of_part(own_g, own_inner, own_total, out, lse)
-    d_exact = None if exact is None else of_part(g, inner, total, *exact)
+    d_levels = of_part(own_g, own_inner, own_total, lse)
+    d_exact = None if exact_lse is None else of_part(g, inner, total, exact_lse)
     return d_levels, d_exact, None, None
 
 

@@ -13,7 +13,9 @@ from lcattn.ops.checks import accumulation_dtype
 from lcattn.typing import Array, Float, Int
 
 
-def take(x: Float[Array, "B N T *H"], index: Int[Array, "B N R"]) -> Float[Array, "B N R *H"]:
+def take(
+    x: Float[Array, "B N T *H"] | Int[Array, "B N T"], index: Int[Array, "B N R"]
+) -> Float[Array, "B N R *H"] | Int[Array, "B N R"]:
     """Rows of each head at its indices; zeros past the end."""
     index = index.reshape(*index.shape, *(1,) * (x.ndim - 3))
     last = x.shape[2] - 1
@@ -44,3 +46,47 @@ def _backward(places, gradient):
 
 
 rearrange.defvjp(_forward, _backward)
+
+
+@jax.custom_vjp
+def rearrange_and_sample(
+    x: Float[Array, "B T N H"],
+    index: Int[Array, "B N R"],
+    places: Int[Array, "B N L T"],
+    sampled: Int[Array, "B N m"],
+) -> Float[Array, "B N R+m H"]:
+    """`rearrange`, and behind its rows those at places `sampled` again; past the end for none."""
+    del places
+    again = jnp.where(sampled < index.shape[2], take(index, sampled), x.shape[1])
+    return take(jnp.swapaxes(x, 1, 2), jnp.concatenate([index, again], axis=2))
+
+
+def _forward_sampled(x, index, places, sampled):
+    return rearrange_and_sample(x, index, places, sampled), (places, sampled)
+
+
+def _backward_sampled(residuals, gradient):
+    places, sampled = residuals
+    own, again = jnp.split(gradient, [gradient.shape[2] - sampled.shape[2]], axis=2)
+    own = jax.vmap(jax.vmap(_add_rows))(own, sampled, again)
+    return *_backward(places, own), None
+
+
+def _add_rows(
+    x: Float[Array, "R H"], at: Int[Array, "m"], rows: Float[Array, "m H"]
+) -> Float[Array, "R H"]:
+    """`x.at[at].add(rows)` with one rounding.
+
+    Rows of one place are summed where the first of them is, so that all of x is never widened.
+    """
+    nth = jnp.arange(len(at), dtype=jnp.int32)
+    first = jnp.full(len(x), len(at), jnp.int32).at[at].min(nth, mode="drop")
+    first = first.at[at].get(mode="fill", fill_value=len(at))
+    dtype = accumulation_dtype(x.dtype)
+    old = x.at[at].get(mode="fill", fill_value=0).astype(dtype)
+    sums = old.at[first].add(rows.astype(dtype), mode="drop")
+    # Later ones of a place are dropped.
+    return x.at[jnp.where(first == nth, at, len(x))].set(sums.astype(x.dtype), mode="drop")
+
+
+rearrange_and_sample.defvjp(_forward_sampled, _backward_sampled)
