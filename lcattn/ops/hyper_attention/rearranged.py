@@ -54,7 +54,7 @@ def rearrange_and_sample(
     index: Int[Array, "B N R"],
     places: Int[Array, "B N L T"],
     sampled: Int[Array, "B N m"],
-) -> Float[Array, "B N R+m H"]:
+) -> Float[Array, "B N rows H"]:
     """`rearrange`, and behind its rows those at places `sampled` again; past the end for none."""
     del places
     again = jnp.where(sampled < index.shape[2], take(index, sampled), x.shape[1])
@@ -67,26 +67,27 @@ def _forward_sampled(x, index, places, sampled):
 
 def _backward_sampled(residuals, gradient):
     places, sampled = residuals
-    own, again = jnp.split(gradient, [gradient.shape[2] - sampled.shape[2]], axis=2)
-    own = jax.vmap(jax.vmap(_add_rows))(own, sampled, again)
-    return *_backward(places, own), None
+    size = gradient.shape[2]
+    # Past the end of the rows that are in order means past the end of all.
+    places, sampled = (
+        jnp.where(x < size - sampled.shape[2], x, size) for x in (places, sampled)
+    )
+    gradient = jax.vmap(jax.vmap(_fold_back))(gradient, sampled)
+    return *_backward(places, gradient), None
 
 
-def _add_rows(
-    x: Float[Array, "R H"], at: Int[Array, "m"], rows: Float[Array, "m H"]
-) -> Float[Array, "R H"]:
-    """`x.at[at].add(rows)` with one rounding.
+def _fold_back(x: Float[Array, "rows H"], at: Int[Array, "m"]) -> Float[Array, "rows H"]:
+    """Adds the last m rows to those that they are copies of, with one rounding.
 
-    Rows of one place are summed where the first of them is, so that all of x is never widened.
+    Copies of one row are summed where the first of them is, so that all of x is never widened.
     """
-    nth = jnp.arange(len(at), dtype=jnp.int32)
+    nth, none = jnp.arange(len(at), dtype=jnp.int32), len(x)
     first = jnp.full(len(x), len(at), jnp.int32).at[at].min(nth, mode="drop")
     first = first.at[at].get(mode="fill", fill_value=len(at))
     dtype = accumulation_dtype(x.dtype)
-    old = x.at[at].get(mode="fill", fill_value=0).astype(dtype)
-    sums = old.at[first].add(rows.astype(dtype), mode="drop")
-    # Later ones of a place are dropped.
-    return x.at[jnp.where(first == nth, at, len(x))].set(sums.astype(x.dtype), mode="drop")
+    own = x.at[at].get(mode="fill", fill_value=0).astype(dtype)
+    sums = own.at[first].add(x[-len(at) :].astype(dtype), mode="drop")
+    return x.at[jnp.where(first == nth, at, none)].set(sums.astype(x.dtype), mode="drop")
 
 
 rearrange_and_sample.defvjp(_forward_sampled, _backward_sampled)
