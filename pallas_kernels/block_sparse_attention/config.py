@@ -13,6 +13,7 @@ class LaunchConfig:
     Attributes:
       blocks: blocks of queries that a CTA works through, one after another.
       key_blocks: blocks of keys, in the kernel of d k and d v.
+      warpgroups: the most that compute side by side, 64 tokens of a block each.
       width: keys a step in the forward kernel.
       stages: steps in flight from global to shared memory there.
       takes_turns: whether one of two computing warpgroups multiplies matrices there while the other
@@ -29,6 +30,7 @@ class LaunchConfig:
 
     blocks: int = 1
     key_blocks: int = 1
+    warpgroups: int = 2
     width: int = 128
     stages: int = 2
     takes_turns: bool = True
@@ -42,6 +44,7 @@ class LaunchConfig:
             _check_choice(self, name, (64, 128))
         for name in _STAGES:
             _check_choice(self, name, (2, 3, 4))
+        _check_choice(self, "warpgroups", (1, 2, 3, 4))
         for name in ("blocks", "key_blocks"):
             _check_choice(self, name, (1, 2, 4, 8, 16))
 

@@ -25,6 +25,11 @@ from pallas_kernels.warpgroups import Here, Turns
 
 LOG2_E = 1.4426950408889634
 
+# Of a thread that copies, and of one that computes where so many warpgroups do: no more than a CTA
+# of all of them starts with.
+_FEW_REGISTERS = 24
+_REGISTERS = {2: 240, 3: 160, 4: 112}
+
 
 class Rule(NamedTuple):
     """A query at position p reads a key only if `p - begin < span`, in int32 that wraps around.
@@ -102,8 +107,8 @@ class Plan:
           takes_turns: whether computing warpgroups do.
         """
         B, T, heads, H = arrays[resident[0]].shape
-        # Both read the same list.
-        readers = 2 if block % (2 * TILE) == 0 else 1
+        # All of them read the same list.
+        readers = next(n for n in range(self.config.warpgroups, 0, -1) if block % (n * TILE) == 0)
         num_blocks = T // (readers * TILE)
         ctas, parts = -(-num_blocks // blocks), block // (readers * TILE)
         grid = {"batch": B, "head": heads, "block": ctas}
@@ -136,7 +141,7 @@ class Plan:
 
             def copying() -> None:
                 if readers > 1:
-                    plgpu.set_max_registers(24, action="decrease")
+                    plgpu.set_max_registers(_FEW_REGISTERS, action="decrease")
 
                 def run(i, first):
                     own = [here(i, reader) for reader in range(readers)]
@@ -152,7 +157,7 @@ class Plan:
             def computing() -> None:
                 # One alone has as many as a thread may have, and what is copied needs few.
                 if readers > 1:
-                    plgpu.set_max_registers(240, action="increase")
+                    plgpu.set_max_registers(_REGISTERS[readers], action="increase")
 
                 def run(i, first):
                     own = here(i, warpgroup)

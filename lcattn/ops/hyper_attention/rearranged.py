@@ -69,9 +69,7 @@ def _backward_sampled(residuals, gradient):
     places, sampled = residuals
     size = gradient.shape[2]
     # Past the end of the rows that are in order means past the end of all.
-    places, sampled = (
-        jnp.where(x < size - sampled.shape[2], x, size) for x in (places, sampled)
-    )
+    places, sampled = (jnp.where(x < size - sampled.shape[2], x, size) for x in (places, sampled))
     gradient = jax.vmap(jax.vmap(_fold_back))(gradient, sampled)
     return *_backward(places, gradient), None
 
