@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from lcattn.ops.hyper_attention.rearranged import take
 from lcattn.typing import Array, Float, Int
+from pallas_kernels.inner import inner
 
 Part = tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]
 
@@ -56,25 +57,19 @@ def _backward(residuals, gradients):
     lse, exact_lse, place, readers, merged, total = residuals
     g, d_total = gradients
     T = place.shape[-1]
+    # d x = p (g · v - along) for the score x of a pair, whatever the level
+    along = inner(g, merged, lse.dtype) - d_total
 
-    def along(g, merged, d_total):
-        """`inner` of d x = p (g · v - inner), for the score x of a pair, whatever the level."""
-        return jnp.sum(g.astype(lse.dtype) * merged.astype(lse.dtype), axis=-1) - d_total
-
-    def of_part(g, inner, total, lse):
+    def of_part(g, along, total, lse):
         share = _share(lse, total)
-        return (share[..., None] * g).astype(merged.dtype), -share * inner
+        return (share[..., None] * g).astype(merged.dtype), -share * along
 
     token = jnp.where(readers < place.shape[2] * T, readers % T, T)
-    fetch = lambda x: take(_by_token(x), token)
-    own_total = jnp.where(token < T, fetch(total), jnp.inf)
-    if exact_lse is None:
-        # XLA moves a sum that is used once into what fetches it, and sums as slowly as it fetches.
-        own_inner = along(fetch(g), fetch(merged), fetch(d_total))
-        return of_part(fetch(g), own_inner, own_total, lse), None, None, None
-    inner = along(g, merged, d_total)
-    d_levels = of_part(fetch(g), fetch(inner), own_total, lse)
-    return d_levels, of_part(g, inner, total, exact_lse), None, None
+    own_g, own_along, own_total = (take(_by_token(x), token) for x in (g, along, total))
+    own_total = jnp.where(token < T, own_total, jnp.inf)
+    d_levels = of_part(own_g, own_along, own_total, lse)
+    d_exact = None if exact_lse is None else of_part(g, along, total, exact_lse)
+    return d_levels, d_exact, None, None
 
 
 def _by_token(x: Float[Array, "B N T *H"]) -> Float[Array, "B T N *H"]:
