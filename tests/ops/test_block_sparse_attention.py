@@ -245,8 +245,11 @@ def _documents(causal=True):
 
 @pytest.mark.parametrize("causal", [True, False])
 def test_documents(causal):
-    build = functools.partial(ops.document_plan, causal=causal, query_block=4, key_block=2)
+    build = functools.partial(
+        ops.document_plan, causal=causal, longest=8, query_block=4, key_block=2
+    )
     plan = jax.jit(build)(jnp.asarray(IDS))
+    assert plan.blocks.shape[-1] == (6 if causal else 10)  # of 8 keys, or 15, for each of 4 queries
     np.testing.assert_array_equal(_mask(plan)[:, 0], _documents(causal))
     count = np.asarray(plan.count)
     assert count[0].sum() < 25  # of 50

@@ -265,7 +265,7 @@ def test_tokens_that_are_all_alike():
         ({"planes": jnp.zeros((5, 3))}, r"planes: expected \[F=4,r\], got shape \(5, 3\)"),
         ({"rng": 3}, "rng: expected a JAX key, got 3"),
         ({"num_projections": 0}, "num_projections: expected a whole number of at least 1"),
-        ({"num_projections": 17}, "num_projections: expected at most 16 here, got 17"),
+        ({"num_projections": 8}, "num_projections: expected at most 7, by min_seq_len=8, got 8"),
         ({"block_size": 0}, "block_size: expected a whole number of at least 1, got 0"),
         ({"block_size": 9}, "block_size: expected at most min_seq_len=8, got 9"),
         ({"sample_size": 0}, "sample_size: expected a whole number of at least 1, got 0"),

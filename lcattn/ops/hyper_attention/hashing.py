@@ -10,6 +10,14 @@ from lcattn.typing import Array, Float, Int
 PRECISION = lax.Precision.HIGHEST
 
 
+def most_projections(min_seq_len: int) -> int:
+    """The most hyperplanes: 7 as published, or no more buckets than the smallest group has keys.
+
+    More would be empty, and what is counted for each group and bucket would outgrow the keys.
+    """
+    return max(7, min_seq_len.bit_length() - 1)
+
+
 def ranks(x: Float[Array, "T F"], planes: Float[Array, "F r"]) -> Int[Array, "T"]:
     """The rank of each vector's bucket, from 0 to 2^r - 1.
 
