@@ -11,11 +11,13 @@ other blocks of keys, and need no test.
 Each key head is a row of the call, since its blocks are its own; the query heads that share it
 share its blocks, and have samples of their own.
 
-On an H200, 131072 causal tokens of 32 heads of 64 take 23.3 ms forward: 14.2 in kernels, of which
-exact leaves take nearly half, as the time for 16384 tokens tells; 3.5 to gather queries, keys and
-values in order, 1.1 to sort ranks, 0.9 to hash, 0.7 to merge; the rest are indices. Gradients add
-43.1 ms, of which kernels take 34.9. Exact attention by cuDNN takes 153 ms, and 597 with gradients;
-at 16384 tokens it is still slower, by 1.2 and 1.4 times.
+On an H200, 131072 causal tokens of 32 heads of 64 took 23.3 ms forward, and 66.4 with gradients,
+when samples lay there twice, a token's heads side by side, and parts were kept for the backward
+pass: 14.2 ms in kernels, of which exact leaves take nearly half, as the time for 16384 tokens
+tells; 3.5 to gather queries, keys and values in order, 1.1 to sort ranks, 0.9 to hash, 0.7 to
+merge; the rest were indices. Exact attention by cuDNN takes 153 ms, and 597 with gradients; at
+16384 tokens it was still slower, by 1.2 and 1.4 times. The present form was compiled for that GPU
+but not timed.
 """
 
 import math
