@@ -9,6 +9,7 @@ the memory that outputs are allocated from with NaN. Times are the sum of the ke
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +21,10 @@ from pallas_kernels.gated_linear_attention.mosaic_gpu import gated_linear_attent
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One shape; log decays are `log sigmoid(normal) · strength`, -inf at every `reset`th token."""
+    """One shape; log decays are `log sigmoid(normal) · strength`, -inf at every `reset`th token.
+
+    Decays are those of channels, or `by_head`.
+    """
 
     B: int
     T: int
@@ -31,6 +35,7 @@ class Case:
     strength: float = 1 / 16
     reset: int | None = None
     decay_dtype: str = "bfloat16"
+    by_head: bool = False
     compare_xla: bool = True
     reference_heads: int | None = None
 
@@ -40,7 +45,7 @@ class Case:
         reset = "" if self.reset is None else f" reset={self.reset}"
         return (
             f"B={self.B} T={self.T} N={self.N} M={self.M} F={self.F} H={self.H}"
-            f" decay={self.strength}{reset} {self.decay_dtype}"
+            f" decay={self.strength}{reset}{' by head' * self.by_head} {self.decay_dtype}"
         )
 
     def inputs(self, seed: int):
@@ -51,7 +56,8 @@ class Case:
             jax.random.normal(key, (self.B, self.T, *shape), jnp.bfloat16)
             for key, shape in zip(keys[:4], shapes, strict=True)
         )
-        decay = jax.nn.log_sigmoid(jax.random.normal(keys[4], k.shape)) * self.strength
+        shape = (*k.shape[:3], 1 if self.by_head else self.F)
+        decay = jax.nn.log_sigmoid(jax.random.normal(keys[4], shape)) * self.strength
         if self.reset is not None:
             decay = decay.at[:, self.reset :: self.reset].set(-jnp.inf)
         return q, k, v, decay.astype(self.decay_dtype), g
@@ -67,6 +73,7 @@ class Case:
 
     def reference(self, q, k, v, decay):
         """The op's XLA form."""
+        decay = decay[..., 0] if self.by_head else decay
         return gated_linear_attention(q, k, v, decay, implementation="xla")
 
     def floor(self, *, backward: bool) -> float:
@@ -77,7 +84,8 @@ class Case:
         """
         F, H, C = self.F, self.H, 64
         flops = 4 * F * H + C * (F + H)
-        per_state = F * (2 + jnp.dtype(self.decay_dtype).itemsize) + 2 * H
+        decays = 1 if self.by_head else F
+        per_state = 2 * (F + H) + jnp.dtype(self.decay_dtype).itemsize * decays
         size = self.N * 2 * (F + H) + self.M * per_state
         if backward:
             flops += 10 * F * H + C * (3 * F + 2 * H)
@@ -86,16 +94,23 @@ class Case:
         return max(tokens * self.N * flops / kernels.MATRIX_RATE, tokens * size / kernels.BANDWIDTH)
 
 
+_LONG: dict[str, Any] = {"B": 1, "T": 32768, "reference_heads": 1}
 CASES = [
-    Case(B=1, T=32768, reference_heads=1),
-    Case(B=1, T=1024),
-    Case(B=1, T=32768, reference_heads=1, decay_dtype="float32", compare_xla=False),
-    Case(B=1, T=32768, reference_heads=1, strength=8.0, compare_xla=False),
-    Case(B=1, T=1000, N=4, M=2, strength=1.0, decay_dtype="float32"),
-    Case(B=1, T=1000, N=2, M=2, F=64, reset=100, decay_dtype="float32", compare_xla=False),
-    Case(B=1, T=1000, N=4, M=2, F=64, H=64, compare_xla=False),
+    Case(**_LONG),
     Case(B=16, T=2048, reference_heads=1, compare_xla=False),
+    Case(**_LONG, decay_dtype="float32", compare_xla=False),
+    Case(**_LONG, by_head=True),
+    Case(**_LONG, strength=8.0, compare_xla=False),
+    Case(B=1, T=1024),
+]
+_SHORT: dict[str, Any] = {"B": 1, "T": 1000, "N": 4, "M": 2}
+CHECKS = [
+    Case(**_SHORT, F=64, H=64, strength=3.0, reset=100, decay_dtype="float32"),
+    Case(**_SHORT, F=64, strength=3.0, reset=100),
+    Case(**_SHORT, strength=3.0, reset=100, decay_dtype="float32"),
+    Case(**_SHORT, F=64, H=64),
+    Case(**_SHORT, reset=100, by_head=True, decay_dtype="float32"),
 ]
 
 if __name__ == "__main__":
-    kernels.main("gated_linear_attention_kernel", __doc__.splitlines()[0], CASES)
+    kernels.main("gated_linear_attention_kernel", __doc__.splitlines()[0], CASES, CHECKS)

@@ -2,14 +2,13 @@
 
 import argparse
 import dataclasses
-import functools
 import json
 import math
 import shlex
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,6 +16,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental.mosaic.gpu import profiler
+
+from benchmarks.compiling import UNTUNED, Workers
+from pallas_kernels import source
 
 MATRIX_RATE = 800e12  # bf16 FLOP/s and bytes/s measured on the device (benchmarks/h200)
 BANDWIDTH = 4.3e12
@@ -66,30 +68,78 @@ def gradients(f: Callable) -> Callable:
     return run
 
 
-def compile_for(case: Case, f: Callable, *, backward: bool):
-    """`f`, or its gradients, compiled for a shape."""
+def compile_for(case: Case, form: str, *, backward: bool) -> Any:
+    """A form of a case, or its gradients, compiled."""
     arrays = jax.eval_shape(lambda: case.inputs(0))
-    return jax.jit(gradients(f)).lower(*arrays).compile() if backward else (
-        jax.jit(f).lower(*arrays[:-1]).compile()
-    )  # fmt: skip
+    f = case.forms()[form]
+    run, given = (gradients(f), arrays) if backward else (f, arrays[:-1])
+    return jax.jit(run).lower(*given).compile()
 
 
-def compile_all[Key](programs: Mapping[Key, Callable[[], Any]]) -> dict[Key, Any]:
-    """Compiles side by side, all before anything is timed: XLA tries out products on the device."""
-    with ThreadPoolExecutor() as pool:
-        futures = {key: pool.submit(program) for key, program in programs.items()}
-        return {key: future.result() for key, future in futures.items()}
+def inputs_program(case: Case) -> Any:
+    """The inputs of a seed."""
+    return jax.jit(case.inputs).lower(0).compile()
 
 
-def errors(case: Case, compiled) -> dict[str, float]:
-    """Relative RMS error of the output and every gradient, on fresh random inputs."""
-    arrays = case.inputs(seed=time.time_ns() % 2**31)
-    poison()
-    heads = slice(case.reference_heads)
-    got = [np.asarray(x[:, :, heads], np.float64) for x in compiled(*arrays)]
+def reference_program(case: Case) -> Any:
+    """Output and gradients in float64, of the heads that are compared; called where x64 is on."""
+
+    def run(*arrays):
+        wide = (x[:, :, : case.reference_heads].astype(jnp.float64) for x in arrays)
+        return gradients(case.reference)(*wide)
+
+    arrays = jax.eval_shape(lambda: case.inputs(0))
     with jax.enable_x64(True):
-        wide = [x[:, :, heads].astype(jnp.float64) for x in arrays]
-        want = [np.asarray(x) for x in jax.jit(gradients(case.reference))(*wide)]
+        return jax.jit(run).lower(*arrays).compile(UNTUNED)
+
+
+@dataclasses.dataclass(frozen=True)
+class Programs:
+    """What a case runs, compiled or about to be.
+
+    Attributes:
+      case: the case.
+      forms: of each, by name, the form, or that with gradients.
+      inputs, reference: as `inputs_program` and `reference_program` give them.
+    """
+
+    case: Case
+    forms: Mapping[tuple[str, bool], Future]
+    inputs: Future
+    reference: Future
+
+
+def compile_cases(cases: Sequence[Case], checks: Sequence[Case]) -> list[Programs]:
+    """All that `measure` runs of cases, and `errors` of the cases that are only checked."""
+    wanted = [
+        (case, [(name, backward) for name in case.forms() for backward in (False, True)])
+        for case in cases
+    ] + [(case, [("mosaic_gpu", True)]) for case in checks]
+    with Workers() as workers:
+        forms = [
+            {(name, b): workers.compile(compile_for, case, name, backward=b) for name, b in keys}
+            for case, keys in wanted
+        ]
+        return [
+            Programs(
+                case, of_case, workers.run(inputs_program, case),
+                workers.run(reference_program, case),
+            )
+            for (case, _), of_case in zip(wanted, forms, strict=True)
+        ]  # fmt: skip
+
+
+def errors(programs: Programs) -> dict[str, float]:
+    """Relative RMS error of the output and every gradient, on fresh random inputs."""
+    arrays = programs.inputs.result()(time.time_ns() % 2**30)
+    poison()
+    heads = slice(programs.case.reference_heads)
+    got = [
+        np.asarray(x)[:, :, heads].astype(np.float64)
+        for x in programs.forms["mosaic_gpu", True].result()(*arrays)
+    ]
+    with jax.enable_x64(True):
+        want = [np.asarray(x) for x in programs.reference.result()(*arrays)]
     names = ("out", "dq", "dk", "dv", "dg")[: len(got)]
     return {
         name: float(np.linalg.norm(a - b) / np.linalg.norm(b))
@@ -131,20 +181,24 @@ def times(compiled, *arrays, quick: bool = False) -> dict:
     }  # fmt: skip
 
 
-def measure(case: Case, programs: Mapping[tuple[str, bool], Any]) -> dict:
-    """One row of the record, by the programs of each form, forward and with its gradients."""
-    *arrays, g = case.inputs(seed=0)
-    row: dict[str, Any] = {"case": case.name, **dataclasses.asdict(case)}  # pyrefly: ignore
-    row["errors"] = errors(case, programs["mosaic_gpu", True])
-    for name in case.forms():
-        row[name] = {
-            "forward": times(programs[name, False], *arrays),
-            "forward_backward": times(programs[name, True], *arrays, g),
-        }
-    for key, backward in (("forward", False), ("forward_backward", True)):
-        floor = 1e3 * case.floor(backward=backward)
-        row["mosaic_gpu"][key]["floor_ms"] = floor
-        row["mosaic_gpu"][key]["floor_share"] = floor / row["mosaic_gpu"][key]["kernel_ms"]
+def check(programs: Programs) -> dict:
+    """A row of the record without times."""
+    case = programs.case
+    row = {"case": case.name, **dataclasses.asdict(case)}  # pyrefly: ignore
+    return row | {"errors": errors(programs)}
+
+
+def measure(programs: Programs) -> dict:
+    """A row of the record, with times of each form, forward and with its gradients."""
+    row: dict[str, Any] = check(programs)
+    arrays = programs.inputs.result()(0)
+    for (name, backward), program in programs.forms.items():
+        kind = "forward_backward" if backward else "forward"
+        timed = times(program.result(), *(arrays if backward else arrays[:-1]))
+        if name == "mosaic_gpu":
+            floor = 1e3 * programs.case.floor(backward=backward)
+            timed |= {"floor_ms": floor, "floor_share": floor / timed["kernel_ms"]}
+        row.setdefault(name, {})[kind] = timed
     return row
 
 
@@ -161,32 +215,42 @@ def summary(row: dict) -> str:
 
 
 def save(path: Path | None, module: str, **fields: Any) -> None:
-    """Writes a record, with where it comes from, if there is a path."""
+    """Writes a record, with where it comes from and of which kernels, if there is a path."""
     if path is None:
         return
     record = {
         "device": jax.devices()[0].device_kind, "jax": jax.__version__,
-        "command": f"python -m benchmarks.{module} " + shlex.join(sys.argv[1:]), **fields,
+        "command": f"python -m benchmarks.{module} " + shlex.join(sys.argv[1:]),
+        "digests": source.digests("mosaic_gpu"), **fields,
     }  # fmt: skip
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(record, indent=1) + "\n")
 
 
-def main(module: str, description: str, cases: Sequence[Case]) -> None:
-    """Measures every shape and writes the record."""
+def main(module: str, description: str, cases: Sequence[Case], checks: Sequence[Case] = ()) -> None:
+    """Measures cases, checks others, and writes the record."""
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--out", type=Path, help="JSON file, written anew after every shape")
-    parser.add_argument("--seconds", type=float, default=math.inf, help="start no shape after that")
+    parser.add_argument("--out", type=Path, help="JSON file, written anew after every case")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="start no case after that")
+    parser.add_argument("--only", nargs="+", help="cases in whose names one of these stands")
     arguments = parser.parse_args()
-    start, rows = time.perf_counter(), []
-    compiled = compile_all({
-        (case, name, backward): functools.partial(compile_for, case, f, backward=backward)
-        for case in cases for name, f in case.forms().items() for backward in (False, True)
-    })  # fmt: skip
-    for case in cases:
+    start = time.perf_counter()
+    if arguments.only is not None:
+        cases, checks = (
+            [case for case in these if any(part in case.name for part in arguments.only)]
+            for these in (cases, checks)
+        )
+    compiled = compile_cases(cases, checks)
+    print(f"compiled after {time.perf_counter() - start:.0f} s", flush=True)
+    record: dict[str, list] = {"rows": [], "checks": [], "failed": []}
+    todo = [("rows", measure)] * len(cases) + [("checks", check)] * len(checks)
+    for (kind, run), programs in zip(todo, compiled, strict=True):
         if time.perf_counter() - start > arguments.seconds:
             break
-        programs = {key[1:]: program for key, program in compiled.items() if key[0] == case}
-        rows.append(measure(case, programs))
-        print(summary(rows[-1]), flush=True)
-        save(arguments.out, module, rows=rows)
+        try:
+            record[kind].append(run(programs))
+            print(summary(record[kind][-1]), flush=True)
+        except Exception as error:  # the others are worth having
+            record["failed"].append({"case": programs.case.name, "error": repr(error)[:1000]})
+            print(record["failed"][-1], flush=True)
+        save(arguments.out, module, **record)

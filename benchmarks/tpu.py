@@ -29,6 +29,7 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lcattn import ops
+from pallas_kernels import source
 
 CHIPS = {"v5e": "v5e:2x2", "v6e": "v6e:2x2", "v5p": "v5p:2x2x1"}
 """The smallest system of each kind of TPU."""
@@ -275,6 +276,7 @@ def main(arguments: list[str]) -> None:
             "jax": jax.__version__,
             "libtpu": version(path),
             "command": "python -m benchmarks.tpu " + shlex.join(arguments),
+            "digests": {options.op: source.digest(options.op, "mosaic_tpu")},
             "rows": [record(case) for case in cases],
         },
         indent=1,

@@ -8,6 +8,7 @@ else.
 """
 
 import contextlib
+import functools
 import importlib
 import importlib.util
 import inspect
@@ -16,10 +17,11 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import jax
 from flax import nnx as flax_nnx
 
 import lcattn.nn
-from experiments import demo, records
+from experiments import choices, demo, records
 from experiments.records import RECORDS, ROOT
 from experiments.reporting import REPORT, Table, describe_environment, show_bytes
 from lcattn.nn import MixerConfig
@@ -58,7 +60,8 @@ def mechanisms() -> str:
     """What the library holds, from the declarations of its mixers and ops."""
     yes = {True: "yes", False: "no"}
     rows = []
-    for config in mixer_configs():
+
+    def add(config: MixerConfig) -> None:
         mixer = config.make(flax_nnx.Rngs(0))
         traits = mixer.traits
         op = dispatch.OPS[mixer.op]
@@ -67,12 +70,15 @@ def mechanisms() -> str:
                 f"`nn.{type(config).__name__}`",
                 f"`ops.{mixer.op}`",
                 ", ".join(op),
-                _kernel_evidence(mixer.op),
+                kernel_evidence(mixer.op),
                 yes[traits.causal], yes[traits.streaming], yes[traits.stochastic],
                 mixer.time,
                 show_bytes(mixer.state_bytes(_LENGTH)),
             )
         )  # fmt: skip
+
+    for config in mixer_configs():
+        jax.eval_shape(functools.partial(add, config))  # draws no parameters
     header = (
         "mixer config", "op", "implementations", "kernel's evidence", "causal", "streams",
         "stochastic", "time", f"state at {_LENGTH:,} tokens",
@@ -84,12 +90,27 @@ def mechanisms() -> str:
     )
 
 
-def _kernel_evidence(op: str) -> str:
+def kernel_evidence(op: str) -> str:
     """How far the op's kernel has been tried, if it has one."""
     if importlib.util.find_spec(f"pallas_kernels.{op}") is None:
         return "–"
     evidence = importlib.import_module(f"pallas_kernels.{op}").EVIDENCE
-    return "; ".join(f"`{backend}`: {', '.join(claims)}" for backend, claims in evidence.items())
+    return "; ".join(
+        f"`{backend}`: {', '.join(_dated(op, backend, claim) for claim in claims)}"
+        for backend, claims in evidence.items()
+    )
+
+
+def _dated(op: str, backend: str, claim: str) -> str:
+    """A claim, and whether it is of earlier code: the tests redo all but runs on a GPU."""
+    if claim != "run on an H200":
+        return claim
+    record = records.load(RECORDS / "h200" / f"{op}_kernel.json")
+    return (
+        claim
+        if records.is_of_present_code(record, op, backend)
+        else f"{claim} (an earlier version)"
+    )
 
 
 def mixer_configs() -> Iterator[MixerConfig]:
@@ -99,6 +120,11 @@ def mixer_configs() -> Iterator[MixerConfig]:
         is_config = isinstance(cls, type) and issubclass(cls, MixerConfig)
         if is_config and not getattr(cls.make, "__isabstractmethod__", False):
             yield cls(width=_WIDTH)
+
+
+def chosen() -> str:
+    """What runs unasked on which machine."""
+    return choices.table(mixer_configs(), _WIDTH)
 
 
 def demo_results() -> str:
@@ -125,12 +151,14 @@ def highlights() -> str:
 
 def kernels() -> str:
     """The first case of each record of our own kernels."""
-    rows, devices, notes = [], set(), []
+    rows, devices, notes, earlier = [], set(), [], []
     for path in sorted(RECORDS.glob("*/*_kernel.json")):
         record = records.load(path)
         devices.add(record["device"])
-        first, op = record["rows"][0], f"`{path.stem.removesuffix('_kernel')}`"
+        first, kernel = record["rows"][0], path.stem.removesuffix("_kernel")
+        op = f"`{kernel}`"
         notes += [f"{op}. {record['note']}"] if "note" in record else []
+        earlier += [] if records.is_of_present_code(record, kernel, "mosaic_gpu") else [op]
         for kind, ours in first["mosaic_gpu"].items():
             xla = first["xla"][kind]["kernel_ms"]
             rows.append(
@@ -142,6 +170,7 @@ def kernels() -> str:
             )  # fmt: skip
     header = ("op", "case (bfloat16)", "pass", "ms", "of the floor", "XLA's form, ms", "faster")
     table = Table(title=f"On one {', '.join(sorted(devices))}", header=header, rows=rows).markdown()
+    notes += [f"Measured of an earlier version: {', '.join(earlier)}."] if earlier else []
     return "\n\n".join([table, *notes])
 
 
@@ -162,6 +191,7 @@ PARTS = {
     "demo": demo_results,
     "experiments": highlights,
     "mechanisms": mechanisms,
+    "choices": chosen,
     "kernels": kernels,
 }
 

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from experiments import benchmark, demo
 from experiments.figures import Figure
 from experiments.reporting import REPORT, Report, Table, describe_machine
+from pallas_kernels import source
 
 ROOT = Path(__file__).parent.parent
 RECORDS = ROOT / "benchmarks"
@@ -131,11 +132,22 @@ def kernels() -> str:
             "in a few calls under a profiler, whole calls timed in others without one: where the "
             "device's clock moved between the two, the sum may exceed the call."
             + (f" {record['note']}" if "note" in record else "")
+            + _checked(record)
+            + _age(record, path.stem.removesuffix("_kernel"))
         )
     parts += [
         _growth(load(path)) for path in sorted(RECORDS.glob("*/linear_attention_growth.json"))
     ]
     return "\n\n".join([*parts, _mechanisms(), _compiled_for_tpus()])
+
+
+def _checked(record: Mapping[str, Any]) -> str:
+    """What was compared with float64 and not timed."""
+    errors = {row["case"]: max(row["errors"].values()) for row in record.get("checks", [])}
+    if not errors:
+        return ""
+    checked = "; ".join(f"{case}: {error:.1e}" for case, error in errors.items())
+    return f" Compared, but not timed: {checked}."
 
 
 def _mechanisms() -> str:
@@ -161,6 +173,7 @@ def _mechanisms() -> str:
     return Table(title=title, header=header, rows=rows).markdown() + (
         f"\n\n`{record['command']}`, jax {record['jax']}. Errors are relative to the mechanism's "
         "own XLA form in float32, at a smaller length: the largest of the output and all gradients."
+        + _age(record, "block_sparse_attention")
     )
 
 
@@ -176,9 +189,21 @@ def _growth(record: Mapping[str, Any]) -> str:
         "features", "tokens", "forward, ms", "growth over linear", "forward + backward, ms",
         "growth over linear",
     )  # fmt: skip
-    title = f"Kernels of `linear_attention` as a row doubles, on one {record['device']}"
+    title = f"Kernels of linear attention as a row doubles, on one {record['device']}"
     table = Table(title=title, header=header, rows=rows).markdown()
-    return f"{table}\n\n`{record['command']}`, jax {record['jax']}. One row of 16 heads."
+    return f"{table}\n\n`{record['command']}`, jax {record['jax']}. One row of 16 heads." + (
+        _age(record, "linear_attention")
+    )
+
+
+def is_of_present_code(record: Mapping[str, Any], kernel: str, backend: str) -> bool:
+    """Whether a record says that it is of a kernel's code as it is now, apart from prose."""
+    return record.get("digests", {}).get(kernel) == source.digest(kernel, backend)
+
+
+def _age(record: Mapping[str, Any], kernel: str) -> str:
+    is_present = is_of_present_code(record, kernel, "mosaic_gpu")
+    return "" if is_present else " The record is of an earlier version of these kernels."
 
 
 def _milliseconds(row: dict[str, Any], form: str, kind: str) -> float | str:
@@ -208,9 +233,15 @@ def _compiled_for_tpus() -> str:
     )  # fmt: skip
     table = Table(title="Compiled for TPUs, never run: megabytes", header=header, rows=rows)
     record = next(iter(records.values()))
+    earlier = [
+        f"`{kernel}`"
+        for kernel, record in records.items()
+        if not is_of_present_code(record, kernel, "mosaic_tpu")
+    ]
     return table.markdown() + (
         f"\n\n`python -m benchmarks.tpu KERNEL --out benchmarks/tpu`, jax {record['jax']}, libtpu "
         f"{record['libtpu']}. HBM besides inputs and gradients; VMEM of the kernel that takes most."
+        + (f" Of an earlier version: {', '.join(earlier)}." if earlier else "")
     )
 
 

@@ -70,7 +70,7 @@ def choose(op: str, name: str | None, **call: Any) -> Callable[..., Any]:
     """
     table = OPS[op]
     if name is None:
-        return next(impl.run for impl in table.values() if impl.is_best(**call))
+        return table[best(op, **call)].run
     if name not in table:
         raise argument_error(
             "implementation", f"None or one of {sorted(table)} for {op}", repr(name)
@@ -79,6 +79,11 @@ def choose(op: str, name: str | None, **call: Any) -> Callable[..., Any]:
     if objection is not None:
         raise UnsupportedImplementationError(f"{op}: implementation {name!r} {objection}")
     return table[name].run
+
+
+def best(op: str, **call: Any) -> str:
+    """The name of the implementation that serves this call if none is asked for."""
+    return next(name for name, impl in OPS[op].items() if impl.is_best(**call))
 
 
 def default_platform() -> str:

@@ -89,7 +89,7 @@ def gated_delta_rule(
     keys, log_decay = forget_at_documents(keys, log_decay[..., None], segment_ids)
     state = recurrence.start(initial_state, keys, values)
     out, state = run(heads, keys, values, log_decay, beta[..., None], state, chunk=chunk)
-    out = recurrence.finish(out, scale, segment_ids, q.dtype)
+    out = recurrence.finish(scale * out, segment_ids, q.dtype)
     return (out, state) if return_state else out
 
 

@@ -106,22 +106,22 @@ def gated_linear_attention(
     heads, keys, values = recurrence.group_by_state(q, k, v, states=log_decay.shape[2])
     keys, log_decay = forget_at_documents(keys, log_decay, segment_ids)
     state = recurrence.start(initial_state, keys, values)
-    out, state = run(heads, keys, values, log_decay, state, chunk=chunk)
-    out = recurrence.finish(out, scale, segment_ids, q.dtype)
+    out, state = run(heads, keys, values, log_decay, state, scale=scale, chunk=chunk)
+    out = recurrence.finish(out, segment_ids, q.dtype)
     return (out, state) if return_state else out
 
 
-def _token_by_token(q, k, v, log_decay, state, *, chunk):
+def _token_by_token(q, k, v, log_decay, state, *, scale, chunk):
     del chunk
 
     def step(state, q, k, v, log_decay):
         state = jnp.exp(log_decay)[..., None] * state + jnp.einsum("bmf,bmh->bmfh", k, v)
-        return state, jnp.einsum("bmgf,bmfh->bmgh", q, state)
+        return state, scale * jnp.einsum("bmgf,bmfh->bmgh", q, state)
 
     return recurrence.token_by_token(step, state, q, k, v, log_decay)
 
 
-def _chunked(q, k, v, log_decay, state, *, chunk):
+def _chunked(q, k, v, log_decay, state, *, scale, chunk):
     r"""All chunks at once, but for the state, which a scan carries from chunk to chunk.
 
     With G the log decay from the start of a chunk, and S the state there:
@@ -142,7 +142,7 @@ def _chunked(q, k, v, log_decay, state, *, chunk):
         return out + einsum("...gtf,...fh->...gth", queries, states, like=q), final
 
     out, final = attend(q, k, v, log_decay, state)
-    return paste(out, q.shape[1]), final
+    return scale * paste(out, q.shape[1]), final
 
 
 def _scores(q: Array, k: Array, decay: ChunkDecay) -> Float[Array, "*chunks G C C"]:
@@ -174,23 +174,24 @@ def _carry(state: Array, decay: Array, writes: Array) -> tuple[Array, Array]:
     return states, final
 
 
-def _kernels(q, k, v, log_decay, state, *, chunk):
+def _kernels(q, k, v, log_decay, state, *, scale, chunk):
     from pallas_kernels.gated_linear_attention import mosaic_gpu
 
-    run = functools.partial(mosaic_gpu.gated_linear_attention, scale=1.0)
-    return _by_kernels(run, q, k, v, log_decay, state, chunk=chunk)
+    del chunk  # they have their own
+    run = functools.partial(mosaic_gpu.gated_linear_attention, scale=scale)
+    return _by_kernels(run, q, k, v, log_decay, state)
 
 
-def _tpu_kernels(q, k, v, log_decay, state, *, chunk):
+def _tpu_kernels(q, k, v, log_decay, state, *, scale, chunk):
     from pallas_kernels.gated_linear_attention import mosaic_tpu
 
-    run = mosaic_tpu.gated_linear_attention
-    return _by_kernels(run, q, k, v, log_decay, state, chunk=chunk)
+    del chunk  # they have their own
+    out, state = _by_kernels(mosaic_tpu.gated_linear_attention, q, k, v, log_decay, state)
+    return scale * out, state
 
 
-def _by_kernels(run, q, k, v, log_decay, state, *, chunk):
-    """Attention by kernels `run`, which have chunks of their own."""
-    del chunk
+def _by_kernels(run, q, k, v, log_decay, state):
+    """Attention by kernels `run`, which take no groups of heads."""
     B, T, M, G, F = q.shape
     out, state = run(q.reshape(B, T, M * G, F), k, v, log_decay, state)
     return out.reshape(B, T, M, G, -1), state

@@ -52,12 +52,10 @@ def start(state: Array | None, k: Array, v: Array) -> Float[Array, "B M F H"]:
     return state.astype(zeros.dtype)
 
 
-def finish(
-    out: Array, scale: float, segment_ids: Array | None, dtype: DTypeLike
-) -> Float[Array, "B T N H"]:
-    """Scaled outputs of all heads, zero at padding."""
+def finish(out: Array, segment_ids: Array | None, dtype: DTypeLike) -> Float[Array, "B T N H"]:
+    """Outputs of all heads, zero at padding."""
     B, T, M, G, H = out.shape
-    out = scale * out.reshape(B, T, M * G, H)
+    out = out.reshape(B, T, M * G, H)
     if segment_ids is not None:
         out = jnp.where((segment_ids >= 0)[:, :, None, None], out, 0)
     return out.astype(dtype)

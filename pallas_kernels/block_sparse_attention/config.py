@@ -3,7 +3,7 @@
 import dataclasses
 from typing import NamedTuple
 
-_STAGES = ("stages", "query_gradient_stages", "key_gradient_stages")
+from pallas_kernels.launch import check_fields
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,13 +40,13 @@ class LaunchConfig:
     key_gradient_stages: int = 2
 
     def __post_init__(self) -> None:
-        for name in ("width", "query_gradient_width", "key_gradient_width"):
-            _check_choice(self, name, (64, 128))
-        for name in _STAGES:
-            _check_choice(self, name, (2, 3, 4))
-        _check_choice(self, "warpgroups", (1, 2, 3, 4))
-        for name in ("blocks", "key_blocks"):
-            _check_choice(self, name, (1, 2, 4, 8, 16))
+        blocks, widths, stages = (1, 2, 4, 8, 16), (64, 128), (2, 3, 4)
+        check_fields(
+            self, blocks=blocks, key_blocks=blocks, warpgroups=(1, 2, 3, 4),
+            width=widths, stages=stages,
+            query_gradient_width=widths, query_gradient_stages=stages,
+            key_gradient_width=widths, key_gradient_stages=stages,
+        )  # fmt: skip
 
 
 class Walks(NamedTuple):
@@ -111,7 +111,7 @@ class TpuLaunchConfig:
     strip: int = 128
 
     def __post_init__(self) -> None:
-        _check_choice(self, "strip", (128, 256, 512))
+        check_fields(self, strip=(128, 256, 512))
 
 
 def tpu_heuristic(*, H: int, key_block: int) -> TpuLaunchConfig:
@@ -121,9 +121,3 @@ def tpu_heuristic(*, H: int, key_block: int) -> TpuLaunchConfig:
     """
     wide = 256 if H > 64 else 128
     return TpuLaunchConfig(strip=wide if key_block % wide == 0 else 128)
-
-
-def _check_choice(config: LaunchConfig | TpuLaunchConfig, name: str, values: tuple) -> None:
-    value = getattr(config, name)
-    if value not in values:
-        raise ValueError(f"{type(config).__name__}.{name}: expected one of {values}, got {value!r}")

@@ -59,6 +59,9 @@ def feature_gradients(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Gradients of queries, keys and log decays, of each query head: `[B,T,N,F]`.
 
+    Where all features share their decays, gradients of those are sums over 64 features each, in
+    float32: `[B,N,F/64,T]`.
+
     Args:
       plan: options.
       q, k, v: `[B,T,N,F]`, `[B,T,M,F]` and `[B,T,M,H]`.
@@ -76,8 +79,8 @@ def feature_gradients(
         *, query, key, value, grad, terms, halves, state, d_state, square, through, barrier,
     ):  # fmt: skip
         batch, chunk, head = (lax.axis_index(axis) for axis in ("batch", "chunk", "head"))
-        here = Chunk(batch, chunk, head, N)
-        features = pl.ds(lax.axis_index("slice") * TILE, TILE)
+        here, slice_ = Chunk(batch, chunk, head, N), lax.axis_index("slice")
+        features = pl.ds(slice_ * TILE, TILE)
         for source, target in (
             (here.of_tokens(v), value), (here.of_tokens(d_out), grad),
             (here.of_state(states).at[features], state),
@@ -113,7 +116,9 @@ def feature_gradients(
 
         def mild():
             d_scores, outer_q, outer_k = read_all()
-            sums = summed(products, from_middle, terms)
+            square[...] = matrix(from_middle)
+            plgpu.commit_smem()
+            sums = summed(products, square, terms)
             begin(mild_level(sums), d_scores)
             d_q, inner_k = products.accumulate_both(
                 (outer_q, square, keys), (zeros(TILE), square.transpose((1, 0)), queries)
@@ -170,19 +175,20 @@ def feature_gradients(
             total = plan.scale * (total + over_rows(last))
             if strong:
                 total = jnp.where(_load(terms.at[pl.ds(0, TILE)]) < LOWEST, 0.0, total)
-            store(total, here.of_tokens(dg).at[:, features], square)
+            if plan.by_head:
+                dg[batch, head, slice_, pl.ds(chunk * TILE, TILE)] = total.sum(axis=1)
+            else:
+                store(total, here.of_tokens(dg).at[:, features], square)
             plgpu.wait_smem_to_gmem(0)
 
         lax.cond(is_strong(halves) > 0, lambda: run(strong=True), lambda: run(strong=False))
 
-    summable = q.dtype if k.shape[2] == N else jnp.float32  # over query heads
+    of_features = jax.ShapeDtypeStruct(q.shape, q.dtype)
+    of_head = jax.ShapeDtypeStruct((B, N, F // TILE, T), jnp.float32)
     return plan.launch(
         gated_linear_attention_feature_gradients, q, k, v, d_out, decay, states, d_states,
         grid={"batch": B, "chunk": T // TILE, "slice": F // TILE, "head": N},
-        out_type=tuple(
-            jax.ShapeDtypeStruct(q.shape, dtype)
-            for dtype in (q.dtype, summable, summable if decay.rows == TILE else jnp.float32)
-        ),
+        out_type=(of_features, of_features, of_head if plan.by_head else of_features),
         scratch={
             "query": shared(TILE, TILE), "key": shared(TILE, TILE), "value": shared(TILE, H),
             "grad": shared(TILE, H), "terms": shared(decay.rows, TILE),

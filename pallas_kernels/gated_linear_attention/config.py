@@ -4,6 +4,7 @@ import dataclasses
 
 from pallas_kernels import tuned
 from pallas_kernels.groups import whole_groups
+from pallas_kernels.launch import check_fields
 from pallas_kernels.tiles import TILE
 from pallas_kernels.tpu import LANES
 
@@ -28,12 +29,7 @@ class LaunchConfig:
     stages: int = 2
 
     def __post_init__(self) -> None:
-        for name, most in (("groups", 1024), ("stages", 4)):
-            value = getattr(self, name)
-            if not 1 <= value <= most:
-                raise ValueError(
-                    f"LaunchConfig.{name}: expected a whole number from 1 to {most}, got {value!r}"
-                )
+        check_fields(self, groups=range(1, 1025), stages=range(1, 5))
 
 
 def heuristic(*, B: int, T: int, N: int, F: int, H: int) -> LaunchConfig:
@@ -64,10 +60,7 @@ class TpuLaunchConfig:
     chunks: int = 4
 
     def __post_init__(self) -> None:
-        if not 1 <= self.chunks <= 16:
-            raise ValueError(
-                f"TpuLaunchConfig.chunks: expected a whole number from 1 to 16, got {self.chunks!r}"
-            )
+        check_fields(self, chunks=range(1, 17))
 
 
 def tpu_heuristic(*, T: int, groups: int, F: int, H: int, itemsize: int) -> TpuLaunchConfig:

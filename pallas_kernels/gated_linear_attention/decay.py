@@ -65,21 +65,21 @@ class Decay(NamedTuple):
         return self.terms.shape[1] // self.halves.shape[1]
 
     @classmethod
-    def of(cls, log_decay: jax.Array) -> "Decay":
-        """From log decays `[B,T,heads,F]`, T in whole chunks."""
-        B, T, M, F = log_decay.shape
+    def of(cls, log_decay: jax.Array, F: int) -> "Decay":
+        """From log decays `[B,T,heads,F or 1]`, of each feature or of all; T in whole chunks."""
+        B, T, M, own = log_decay.shape
         finite = jnp.maximum(log_decay, _NO_STATE_LEFT)
         terms = log_decay  # made finite in the kernels, and only in strong chunks
         if log_decay.dtype != jnp.bfloat16:
             # Not a cast there and back, which XLA is free to leave out.
             high = lax.reduce_precision(finite, exponent_bits=8, mantissa_bits=7)
-            both = (x.reshape(B, T // TILE, TILE, M, F) for x in (high, finite - high))
+            both = (x.reshape(B, T // TILE, TILE, M, own) for x in (high, finite - high))
             terms = jnp.concatenate(list(both), axis=2).astype(jnp.bfloat16)
-            terms = terms.reshape(B, 2 * T, M, F)
+            terms = terms.reshape(B, 2 * T, M, own)
         # Not a reduction over tokens, with which XLA takes more than twice the time.
-        parts = finite.reshape(B, T // TILE, 2, _HALF, M, F).astype(jnp.float32)
+        parts = finite.reshape(B, T // TILE, 2, _HALF, M, own).astype(jnp.float32)
         sums = functools.reduce(operator.add, (parts[:, :, :, i] for i in range(_HALF)))
-        return cls(terms, jnp.exp(sums))
+        return cls(*(jnp.broadcast_to(x, (*x.shape[:-1], F)) for x in (terms, jnp.exp(sums))))
 
     def over_groups(self, groups: int) -> jax.Array:
         """What is left of a state after each group of chunks, `[B,heads,groups,F]`."""

@@ -73,9 +73,8 @@ def outputs(
       keep: whether to store the states that chunks read.
 
     Returns:
-      `[B,T,N,H]`, in float32 if x has fewer heads, for sums of those that share a head;
-      `[B,N,chunks,F,H]` in bfloat16, in mild chunks decayed up to the middle, or None; and
-      `[B,N,groups,F,H]` in float32.
+      `[B,T,N,H]`; `[B,N,chunks,F,H]` in bfloat16, in mild chunks decayed up to the middle, or None;
+      and `[B,N,groups,F,H]` in float32.
     """
     (B, T), N, F, H = x.shape[:2], max(x.shape[2], y.shape[2]), x.shape[3], w.shape[3]
     chunks = T // TILE // plan.config.groups
@@ -243,7 +242,7 @@ def outputs(
         decay.strong_groups(plan.config.groups), starts, warpgroups=warpgroups, commits=True,
         grid={"batch": B, "group": plan.config.groups, "head": N},
         out_type=(
-            jax.ShapeDtypeStruct((B, T, N, H), x.dtype if x.shape[2] == N else jnp.float32),
+            jax.ShapeDtypeStruct((B, T, N, H), x.dtype),
             jax.ShapeDtypeStruct((B, N, T // TILE, F, H), jnp.bfloat16) if keep else None,
             jax.ShapeDtypeStruct((B, N, plan.config.groups, F, H), jnp.float32),
         ),

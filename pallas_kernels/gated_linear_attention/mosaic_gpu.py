@@ -43,7 +43,8 @@ def gated_linear_attention(
       q: queries `[B,T,N,F]`, bfloat16; F is 64 or 128.
       k: keys `[B,T,M,F]`; M, the number of states, divides N.
       v: values `[B,T,M,H]`; H is F, or 128.
-      log_decay: `[B,T,M,F]` or `[B,T,M,1]`, <= 0, -inf included; float32 or bfloat16.
+      log_decay: `[B,T,M,F]` or `[B,T,M,1]`, <= 0, -inf included; in bfloat16, which is the fastest,
+        or any other dtype, of which float32 is kept.
       initial_state: `[B,M,F,H]`, float32; or None for zeros.
       scale: factor of the output.
       config: launch parameters; default: by shape.
@@ -62,9 +63,11 @@ def gated_linear_attention(
     config = config or heuristic(B=B, T=T, N=N, F=F, H=H)
     # Padding comes last, adds nothing to the state, and does not decay it.
     widths = ((0, 0), (0, -T % (TILE * config.groups)), (0, 0), (0, 0))
-    log_decay = jnp.broadcast_to(log_decay, k.shape)
+    if log_decay.dtype != jnp.bfloat16:
+        log_decay = log_decay.astype(jnp.float32)
     q, k, v, log_decay = (jnp.pad(x, widths) for x in (q, k, v, log_decay))
-    out, final = _attend(Plan(scale, config, interpret), q, k, v, log_decay, initial_state)
+    plan = Plan(scale, config, by_head=log_decay.shape[3] < F, interpret=interpret)
+    out, final = _attend(plan, q, k, v, log_decay, initial_state)
     return out[:, :T], final
 
 
@@ -83,7 +86,7 @@ def _attend(plan: Plan, q, k, v, log_decay, start):
 
 
 def _attend_forward(plan, q, k, v, log_decay, start):
-    decay = Decay.of(log_decay)
+    decay = Decay.of(log_decay, q.shape[3])
     starts = starts_of_groups(plan, k, v, decay, start)
     out, _, ends = outputs(plan, q, k, v, decay, starts)
     residuals = q, k, v, log_decay, start, starts
@@ -94,7 +97,7 @@ def _attend_backward(plan, residuals, cotangents):
     q, k, v, log_decay, start, starts = residuals
     d_out, d_final = cotangents
     M, shared = k.shape[2], q.shape[2] // k.shape[2]
-    decay = Decay.of(log_decay)
+    decay = Decay.of(log_decay, q.shape[3])
     states, _ = sweep(plan, k, v, decay, starts, keep=True)
     # One of the query heads that share a state, the first, answers for its gradient.
     first = jnp.arange(q.shape[2]) % shared == 0
@@ -104,6 +107,8 @@ def _attend_backward(plan, residuals, cotangents):
     assert states is not None  # both were kept
     assert d_states is not None
     dq, dk, dg = feature_gradients(plan, q, k, v, d_out, decay, states, d_states)
+    if plan.by_head:
+        dg = dg.sum(axis=2).swapaxes(1, 2)[..., None]
     dk, dv, dg = (_per_state(x, M, axis=2) for x in (dk, dv, dg))
     d_start = None if start is None else plan.scale * _per_state(d_starts[:, :, 0], M, axis=1)
     return dq, dk.astype(k.dtype), dv.astype(v.dtype), dg.astype(log_decay.dtype), d_start
@@ -113,7 +118,8 @@ _attend.defvjp(_attend_forward, _attend_backward)
 
 
 def _per_state(x: jax.Array, heads: int, axis: int) -> jax.Array:
-    """Sums over the query heads that share a state."""
+    """Sums over the query heads that share a state, in float32."""
     if x.shape[axis] == heads:
         return x
-    return x.reshape(*x.shape[:axis], heads, -1, *x.shape[axis + 1 :]).sum(axis=axis + 1)
+    x = x.reshape(*x.shape[:axis], heads, -1, *x.shape[axis + 1 :])
+    return x.sum(axis=axis + 1, dtype=jnp.float32)

@@ -20,11 +20,13 @@ class Plan:
     Attributes:
       scale: factor of the output.
       config: launch parameters.
+      by_head: whether all features of a head share their decays.
       interpret: whether to run in the CPU simulator.
     """
 
     scale: float
     config: LaunchConfig
+    by_head: bool = False
     interpret: bool = False
 
     @property
@@ -109,10 +111,7 @@ def shared(rows: int, columns: int):
 
 
 def store(numbers, target, tile) -> None:
-    """Writes to global memory, bfloat16 through a tile in shared memory that nothing reads."""
-    if target.dtype == jnp.float32:
-        target[...] = numbers
-        return
+    """Writes bfloat16 to global memory, through a tile in shared memory that nothing reads."""
     tile[...] = numbers.astype(tile.dtype)
     plgpu.commit_smem()
     plgpu.copy_smem_to_gmem(tile, target)

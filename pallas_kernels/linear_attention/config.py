@@ -4,6 +4,7 @@ import dataclasses
 
 from pallas_kernels import tuned
 from pallas_kernels.groups import whole_groups
+from pallas_kernels.launch import check_fields
 from pallas_kernels.tiles import TILE
 
 # CTAs that fill an H100 or H200 once: 132 multiprocessors hold two each, since a state of
@@ -30,12 +31,8 @@ class LaunchConfig:
     gradient_stages: int = 2
 
     def __post_init__(self) -> None:
-        for name, most in (("groups", 1024), ("stages", 4), ("gradient_stages", 4)):
-            value = getattr(self, name)
-            if not 1 <= value <= most:
-                raise ValueError(
-                    f"LaunchConfig.{name}: expected a whole number from 1 to {most}, got {value!r}"
-                )
+        stages = range(1, 5)
+        check_fields(self, groups=range(1, 1025), stages=stages, gradient_stages=stages)
 
 
 def heuristic(*, B: int, T: int, N: int, F: int, H: int) -> LaunchConfig:
@@ -64,10 +61,7 @@ class TpuLaunchConfig:
     chunk: int = 256
 
     def __post_init__(self) -> None:
-        if self.chunk not in (128, 256, 512):
-            raise ValueError(
-                f"TpuLaunchConfig.chunk: expected one of (128, 256, 512), got {self.chunk!r}"
-            )
+        check_fields(self, chunk=(128, 256, 512))
 
 
 def tpu_heuristic(*, T: int, feature_map: str, F: int) -> TpuLaunchConfig:

@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 
+from pallas_kernels.launch import check_fields
 from pallas_kernels.tpu import LANES, SUBLANES
 
 VMEM_LIMIT = 32 * 2**20
@@ -27,10 +28,7 @@ class TpuLaunchConfig:
     chunks: int = 4
 
     def __post_init__(self) -> None:
-        if not 1 <= self.chunks <= 32:
-            raise ValueError(
-                f"TpuLaunchConfig.chunks: expected a whole number from 1 to 32, got {self.chunks!r}"
-            )
+        check_fields(self, chunks=range(1, 33))
 
 
 def tpu_heuristic(

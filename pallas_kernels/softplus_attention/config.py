@@ -10,6 +10,7 @@ a narrower block would only move more keys.
 import dataclasses
 
 from pallas_kernels import tuned
+from pallas_kernels.launch import check_fields
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,14 +36,10 @@ class LaunchConfig:
     gradient_stages: int = 2
 
     def __post_init__(self) -> None:
-        allowed = {
-            "warpgroups": (1, 2), "width": (64, 128), "stages": (2, 3, 4),
-            "gradient_width": (64, 128), "gradient_stages": (2, 3, 4),
-        }  # fmt: skip
-        for name, values in allowed.items():
-            value = getattr(self, name)
-            if value not in values:
-                raise ValueError(f"LaunchConfig.{name}: expected one of {values}, got {value!r}")
+        check_fields(
+            self, warpgroups=(1, 2), width=(64, 128), stages=(2, 3, 4), gradient_width=(64, 128),
+            gradient_stages=(2, 3, 4),
+        )  # fmt: skip
 
 
 def heuristic(*, B: int, T: int, N: int, H: int) -> LaunchConfig:
@@ -65,10 +62,7 @@ class TpuLaunchConfig:
     block: int = 512
 
     def __post_init__(self) -> None:
-        if self.block not in (128, 256, 512):
-            raise ValueError(
-                f"TpuLaunchConfig.block: expected one of (128, 256, 512), got {self.block!r}"
-            )
+        check_fields(self, block=(128, 256, 512))
 
 
 def tpu_heuristic(*, T: int) -> TpuLaunchConfig:

@@ -1,6 +1,7 @@
 """Tables of launch parameters, and the search that writes them."""
 
 import json
+from concurrent.futures import Future
 from types import SimpleNamespace
 
 import pytest
@@ -60,19 +61,35 @@ def test_a_table_is_read_where_it_lies(monkeypatch, tmp_path):
     ],
 )
 def test_search_takes_what_helps(monkeypatch, ms, expected):
-    def compile_for(case, ours, *, backward):
+    def compile_for(case, form, *, backward):
         fields = tuned.lookup("kernel", T=100)
         ms_of_it = ms[" ".join(fields)] if fields else 1.0
         if ms_of_it is None:
             raise ValueError("too large")
         return ms_of_it
 
+    def compile_(build, *arguments):
+        future = Future()
+        try:
+            future.set_result(build(*arguments))
+        except ValueError as error:
+            future.set_exception(error)
+        return future
+
     monkeypatch.setattr(tune.kernels, "compile_for", compile_for)
     monkeypatch.setattr(tune.kernels, "times", lambda compiled: {"kernel_ms": compiled})
-    case = SimpleNamespace(name="shape", ours=None, inputs=lambda seed: ())
-    entry = tune.search("kernel", case, {"a": (2,), "b": (3,)})
+    case = SimpleNamespace(name="shape", inputs=lambda seed: ())
+
+    def formula(case):
+        tuned.lookup("kernel", T=100)
+        return SimpleNamespace(groups=1, a=1, b=1)
+
+    kernel = tune.Search([(case, (1,))], {"a": (1, 2), "b": (3,)}, formula)
+    monkeypatch.setitem(tune.SEARCHES, "kernel", kernel)
+    entry = tune.search("kernel", tune.Trials.of("kernel", case, (1,), compile_))
     assert entry["config"] == expected
     assert entry["sizes"] == {"T": 100}
+    assert {"groups": 1} not in [trial["config"] for trial in entry["tried"]]  # the formula's
 
 
 def test_a_table_keeps_the_entries_of_other_shapes(tmp_path):

@@ -114,18 +114,20 @@ def test_one_query_against_a_long_cache_in_one_piece():
 
 
 @pytest.fixture
-def cudnn_as_xla(monkeypatch):
-    """Calls meant for cuDNN, answered by the same function of JAX without it."""
-    attend = jax.nn.dot_product_attention
-    monkeypatch.setattr(
-        jax.nn,
-        "dot_product_attention",
-        lambda *args, **options: attend(*args, **options | {"implementation": "xla"}),
-    )
+def asked(monkeypatch):
+    """As on a GPU, but JAX answers without cuDNN; what was asked of it."""
+    attend, names = jax.nn.dot_product_attention, []
+
+    def answer(*args, implementation=None, **options):
+        names.append(implementation)
+        return attend(*args, implementation="xla", **options)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", answer)
     monkeypatch.setattr(cudnn.dispatch, "default_platform", lambda: "gpu")
+    return names
 
 
-def test_cudnn_decodes_from_a_half_filled_cache(cudnn_as_xla):
+def test_cudnn_decodes_from_a_half_filled_cache(asked):
     shapes = (2, 1, 4, 8), (2, 24, 2, 8), (2, 24, 2, 8)
     q, k, v = (draw(i, *shape).astype(jnp.bfloat16) for i, shape in enumerate(shapes))
 
@@ -137,6 +139,8 @@ def test_cudnn_decodes_from_a_half_filled_cache(cudnn_as_xla):
 
         return jax.grad(loss, (0, 1, 2), has_aux=True)(q, k, v)
 
+    value_and_gradients(None, 0)
+    assert asked == ["cudnn"]
     for position in (-1, 0, 17):
         found, expected = (value_and_gradients(name, position) for name in (None, "reference"))
         for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):

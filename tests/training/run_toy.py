@@ -1,5 +1,6 @@
 """A run in a process of its own, for tests that kill it."""
 
+import signal
 import sys
 import time
 
@@ -19,14 +20,31 @@ CONFIG = TrainConfig(
 
 
 class SlowBatches(Batches):
+    """Gives no batch from `end` on before a signal came, however slow who sends it is."""
+
+    def __init__(self, end):
+        super().__init__()
+        self.end = end
+
     def __next__(self):
         time.sleep(0.04)
+        while self.index >= self.end and not was_told_to_stop():
+            time.sleep(0.01)
         return super().__next__()
 
 
+def was_told_to_stop():
+    """Whether training has noted a signal: the next one takes its default course."""
+    return signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
 class SlowTask(ToyTask):
+    def __init__(self, end):
+        super().__init__()
+        self.end = end
+
     def train(self):
-        return SlowBatches()
+        return SlowBatches(self.end)
 
 
 class StepLog:
@@ -38,4 +56,4 @@ class StepLog:
 
 
 if __name__ == "__main__":
-    train(SlowTask(), MODEL, CONFIG, sys.argv[1], writers=[StepLog()])
+    train(SlowTask(int(sys.argv[2])), MODEL, CONFIG, sys.argv[1], writers=[StepLog()])

@@ -153,6 +153,7 @@ DAMAGE = {
 
 # What TensorStore and Orbax leave behind in their own threads when a file is broken.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.usefixtures("leftovers")
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_a_damaged_checkpoint_is_passed_over_and_said_so(tmp_path, damage):
     save(tmp_path, 1, 2)
@@ -167,6 +168,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_said_so(tmp_path, damage):
     assert restore(tmp_path).step == 2
 
 
+@pytest.mark.usefixtures("leftovers")
 def test_where_none_is_whole_nothing_is_set_aside(tmp_path):
     save(tmp_path, 1, 2)
     for step in "12":
@@ -184,20 +186,22 @@ def test_a_checkpoint_that_was_being_written_is_ignored_and_removed(tmp_path):
     assert [p.name for p in folder.iterdir()] == ["1"]
 
 
-def save_and_wait(checkpointer):
-    checkpointer.save(2, state_at(2), META)
+def save_and_wait(checkpointer, state):
+    checkpointer.save(2, state, META)
     checkpointer.wait()  # The error may come up in either.
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.usefixtures("leftovers")
 def test_a_full_disk_is_one_error_and_the_last_checkpoint_stays(tmp_path):
     save(tmp_path, 1)
+    state = state_at(2)  # Made now: what JAX compiles goes to files as well.
     checkpointer = Checkpointer(tmp_path, CONFIGS, keep=1)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))  # The system refuses larger files.
     try:
         with pytest.raises(CheckpointError) as error:
-            save_and_wait(checkpointer)
+            save_and_wait(checkpointer, state)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         checkpointer.close()

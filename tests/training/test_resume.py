@@ -44,12 +44,11 @@ def outcome(run_dir):
     return (run_dir / "metrics.jsonl").read_bytes(), weights
 
 
-def start(run_dir):
+def start(run_dir, end):
     # The typing hook of the test session does not reach the child; the flags of XLA do.
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{HERE}", "JAX_PLATFORMS": "cpu"}
-    return subprocess.Popen(
-        [sys.executable, HERE / "run_toy.py", str(run_dir)], env=environment, stderr=subprocess.PIPE
-    )
+    command = [sys.executable, HERE / "run_toy.py", str(run_dir), str(end)]
+    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE)
 
 
 def wait_for_step(process, step):
@@ -63,10 +62,11 @@ def wait_for_step(process, step):
 
 
 def test_killed_interrupted_and_terminated(tmp_path):
-    """One run, stopped in three ways by turns, each time somewhere between two checkpoints."""
+    """One run, stopped in three ways by turns, each time somewhere between a step and an end."""
     rng = random.Random(0)
-    for signum, step in ((signal.SIGKILL, 8), (signal.SIGINT, 9), (signal.SIGTERM, 15)):
-        with start(tmp_path) as process:
+    stops = ((signal.SIGKILL, 8, 12), (signal.SIGINT, 9, 16), (signal.SIGTERM, 15, 21))
+    for signum, step, end in stops:
+        with start(tmp_path, end) as process:
             wait_for_step(process, step)
             time.sleep(rng.uniform(0, 0.1))
             process.send_signal(signum)
@@ -112,6 +112,7 @@ def test_interrupted_at_a_given_step(tmp_path, step):
     assert outcome(tmp_path) == unbroken()
 
 
+@pytest.mark.usefixtures("leftovers")
 def test_damage_costs_time_but_changes_nothing(tmp_path):
     train(ToyTask(), MODEL, CONFIG, tmp_path)
     (tmp_path / "checkpoints" / "24" / "meta" / "metadata").unlink()

@@ -149,7 +149,7 @@ def neural_memory(
         tokens, initial_state, fresh,
         segment_ids=segment_ids, chunk=int(chunk_size), activate=activate,
     )  # fmt: skip
-    out = recurrence.finish(out, scale, segment_ids, q.dtype)
+    out = recurrence.finish(scale * out, segment_ids, q.dtype)
     return (out, state) if return_state else out
 
 
