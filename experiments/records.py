@@ -128,7 +128,9 @@ def kernels() -> str:
         parts.append(
             f"`{record['command']}`, jax {record['jax']}. The floor is the largest of the "
             "least FLOPs, bytes and (softplus) exp2 and log2 over their rates. Errors are "
-            "relative to float64: the largest of the output and all gradients."
+            "relative to float64: the largest of the output and all gradients. Kernels are summed "
+            "in a few calls under a profiler, whole calls timed in others without one: where the "
+            "device's clock moved between the two, the sum may exceed the call."
             + (f" {record['note']}" if "note" in record else "")
             + _checked(record)
             + _age(record, path.stem.removesuffix("_kernel"))

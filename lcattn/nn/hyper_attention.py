@@ -9,6 +9,7 @@ from flax import nnx
 
 from lcattn import ops
 from lcattn.nn.attention import AttentionConfig, CachedAttention
+from lcattn.ops.hyper_attention.hashing import most_projections
 from lcattn.traits import Traits
 from lcattn.typing import Array
 
@@ -18,7 +19,8 @@ class HyperAttentionConfig(AttentionConfig):
     """HyperAttention (arXiv 2310.05869): alike keys found by hashing, the others from a sample.
 
     Attributes:
-      num_projections: hyperplanes of the hash; 7 as published.
+      num_projections: hyperplanes of the hash; 7 as published, and at most 7 or, if that is more,
+        log2 of `min_seq_len`.
       block_size: alike keys that a query reads; 256 as published.
       sample_size: keys that stand for the others; 256 as published.
       min_seq_len: the most tokens that are exact; 4096 as published.
@@ -35,8 +37,9 @@ class HyperAttentionConfig(AttentionConfig):
     def validate(self) -> None:
         super().validate()
         self.require_positive("num_projections", "block_size", "sample_size", "min_seq_len")
-        if self.num_projections > 16:
-            raise self.error("num_projections", "at most 16")
+        most = most_projections(self.min_seq_len)
+        if self.num_projections > most:
+            raise self.error("num_projections", f"at most {most}, by min_seq_len")
         if self.block_size > self.min_seq_len:
             raise self.error("block_size", f"at most min_seq_len={self.min_seq_len}")
 

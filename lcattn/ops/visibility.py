@@ -26,6 +26,9 @@ class Visibility(NamedTuple):
     """A query at position p sees the keys with `begin <= p < end`.
 
     The leading axis b is B, or 1 where all rows are alike; a rule of each head has one axis more.
+
+    In plans of blocks a key may end before it begins. Then it is hidden from the queries with
+    `end <= p < begin` and seen by all others, as if positions lay on a circle.
     """
 
     queries: Int[Array, "b T"]
@@ -34,8 +37,7 @@ class Visibility(NamedTuple):
 
     def mask(self) -> Bool[Array, "*b T S"]:
         """True where query t sees key s."""
-        p = self.queries[..., :, None]
-        return (self.begin[..., None, :] <= p) & (p < self.end[..., None, :])
+        return sees(self.queries[..., :, None], self.begin[..., None, :], self.end[..., None, :])
 
     def num_keys(self) -> Int[Array, "b T"]:
         """Number of keys that each query sees, without T·S memory.
@@ -59,6 +61,11 @@ class Visibility(NamedTuple):
 
         # A key that is never seen begins and ends at one position, and cancels.
         return passed(self.begin) - passed(self.end)
+
+
+def sees(position: Array, begin: Array, end: Array) -> Array:
+    """Whether queries at these positions see keys with these bounds, around the circle of int32."""
+    return (position - begin).astype(jnp.uint32) < (end - begin).astype(jnp.uint32)
 
 
 def visibility(

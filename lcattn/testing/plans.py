@@ -32,7 +32,9 @@ def random_plan(
     blocks, count = np.argsort(~chosen, axis=-1, kind="stable"), chosen.sum(axis=-1)
     blocks[np.arange(n) >= count[..., None]] = 10**6  # past the end of the lists
     begin = draw.integers(-5, T // 2, (1, heads, S))
-    seen = np.arange(T).reshape(1, 1, T), begin, begin + draw.integers(0, T, (1, heads, S))
+    # Some end before they begin.
+    end = begin + draw.integers(-T // 4, T, (1, heads, S))
+    seen = np.arange(T).reshape(1, 1, T), begin, end
     seen[1][..., :key_block], seen[2][..., :key_block] = 0, T  # whole entries
     return BlockPlan(
         blocks=jnp.asarray(blocks, jnp.int32), count=jnp.asarray(count, jnp.int32),

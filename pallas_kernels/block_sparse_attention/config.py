@@ -13,6 +13,7 @@ class LaunchConfig:
     Attributes:
       blocks: blocks of queries that a CTA works through, one after another.
       key_blocks: blocks of keys, in the kernel of d k and d v.
+      warpgroups: the most that compute side by side, 64 tokens of a block each.
       width: keys a step in the forward kernel.
       stages: steps in flight from global to shared memory there.
       takes_turns: whether one of two computing warpgroups multiplies matrices there while the other
@@ -29,6 +30,7 @@ class LaunchConfig:
 
     blocks: int = 1
     key_blocks: int = 1
+    warpgroups: int = 2
     width: int = 128
     stages: int = 2
     takes_turns: bool = True
@@ -40,7 +42,8 @@ class LaunchConfig:
     def __post_init__(self) -> None:
         blocks, widths, stages = (1, 2, 4, 8, 16), (64, 128), (2, 3, 4)
         check_fields(
-            self, blocks=blocks, key_blocks=blocks, width=widths, stages=stages,
+            self, blocks=blocks, key_blocks=blocks, warpgroups=(1, 2, 3, 4),
+            width=widths, stages=stages,
             query_gradient_width=widths, query_gradient_stages=stages,
             key_gradient_width=widths, key_gradient_stages=stages,
         )  # fmt: skip

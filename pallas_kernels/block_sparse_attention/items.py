@@ -106,6 +106,16 @@ def _pack(stay: jax.Array, stream: jax.Array, kind: jax.Array) -> jax.Array:
     return packed.astype(jnp.int32)
 
 
+def spans(begin: jax.Array, end: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Begins and spans such that a query at p reads a key if `p - begin < span`.
+
+    In int32 that wraps around: `begin <= p < end`, or not `end <= p < begin` where that is less.
+    Both are half a circle off, so that signed numbers compare as unsigned ones would.
+    """
+    half = jnp.int32(jnp.iinfo(jnp.int32).min)
+    return begin ^ half, (end - begin) ^ half
+
+
 def powers_of_two(log_weight: jax.Array) -> jax.Array:
     """Log-weights as kernels add them to scores."""
     return (log_weight * 1.4426950408889634).astype(jnp.float32)

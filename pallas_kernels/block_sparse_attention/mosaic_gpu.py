@@ -13,14 +13,14 @@ import math
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from pallas_kernels.block_sparse_attention.backward import key_gradients, query_gradients
 from pallas_kernels.block_sparse_attention.config import LaunchConfig, Walks, heuristic
 from pallas_kernels.block_sparse_attention.forward import attend
-from pallas_kernels.block_sparse_attention.items import NEVER, Lists
+from pallas_kernels.block_sparse_attention.items import NEVER, Lists, spans
 from pallas_kernels.block_sparse_attention.phases import by_keys, by_queries
 from pallas_kernels.block_sparse_attention.plan import LOG2_E, Plan, Rule
+from pallas_kernels.inner import inner
 from pallas_kernels.tiles import TILE
 
 
@@ -34,6 +34,7 @@ def block_sparse_attention(
     query_block: int,
     key_block: int,
     scale: float,
+    is_part: bool = False,
     config: LaunchConfig | None = None,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
@@ -45,10 +46,13 @@ def block_sparse_attention(
       v: values `[B,S,K,H]`.
       lists: which blocks are read; b is B or 1, and h divides N.
       rule: positions of queries `[b,h,T]`, begins and ends of keys `[b,h,S]` in int32: a query at
-        position p reads a key only if `begin <= p < end`.
+        position p reads a key only if `begin <= p < end`; of a key that ends before it begins,
+        unless `end <= p < begin`.
       query_block, key_block: sizes of blocks, multiples of 64. A multiple of 128 is shared by two
         warpgroups.
       scale: factor of scores.
+      is_part: whether gradients of the log-sum-exp come less the output's along itself, from a
+        softmax that the call is a part of.
       config: launch parameters; default: by sizes of blocks.
       interpret: whether to run in the CPU simulator. It takes a thread of XLA for each of three
         warpgroups and waits for ever where there are fewer: with two cores, say
@@ -81,7 +85,7 @@ def block_sparse_attention(
         q, scale = q * math.copysign(scale != 0, scale), -scale or 1.0
     plan = Plan(
         scale=scale, heads=N, query_block=query_block, key_block=key_block, config=config,
-        interpret=interpret,
+        is_part=is_part, interpret=interpret,
     )  # fmt: skip
     queries, keys = -T % query_block, -S % key_block
     q, k, v = (
@@ -89,10 +93,11 @@ def block_sparse_attention(
         for x, n in ((q, queries), (k, keys), (v, keys))
     )
     positions, *edges = rule
+    edges = (jnp.pad(x, ((0, 0), (0, 0), (0, keys)), constant_values=NEVER) for x in edges)
     padded = Rule(
         # Queries that fill the last block are like its last one; keys that do are never seen.
         jnp.pad(positions, ((0, 0), (0, 0), (0, queries)), mode="edge"),
-        *(jnp.pad(x, ((0, 0), (0, 0), (0, keys)), constant_values=NEVER) for x in edges),
+        *spans(*edges),
     )
     out, lse = _attend(plan, q, k, v, lists, padded)
     return out[:, :T], lse.swapaxes(1, 2)[:, :T]
@@ -136,9 +141,9 @@ def _attend_backward(plan, residuals, cotangents):
     q, k, v, lists, rule, out, lse = residuals
     g, d_lse = cotangents
     empty = jnp.isneginf(lse)
-    mean = jnp.sum(g.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
-    # XLA would fuse the sum into what rearranges it, which takes six times as long.
-    mean = lax.optimization_barrier(mean).swapaxes(1, 2) - jnp.where(empty, 0, d_lse)
+    mean = -jnp.where(empty, 0, d_lse)
+    if not plan.is_part:
+        mean += inner(g, out).swapaxes(1, 2)
     numbers = jnp.stack([jnp.where(empty, jnp.inf, lse * LOG2_E), mean], axis=2)
     arrays = q, g, numbers, k, v
     dq = query_gradients(plan, *arrays, by_queries(lists), rule)

@@ -19,6 +19,7 @@ from pallas_kernels.block_sparse_attention.items import (
     Lists,
     by_keys,
     by_queries,
+    spans,
 )
 from pallas_kernels.block_sparse_attention.tpu_walks import (
     LN2,
@@ -44,6 +45,7 @@ def block_sparse_attention(
     query_block: int,
     key_block: int,
     scale: float,
+    is_part: bool = False,
     config: TpuLaunchConfig | None = None,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
@@ -56,9 +58,12 @@ def block_sparse_attention(
       lists: which blocks are read; b is B or 1, h is P or divides it, where P is K, or N if any
         list or rule has N heads.
       rule: positions of queries `[b,h,T]`, begins and ends of keys `[b,h,S]` in int32: a query at
-        position p reads a key only if `begin <= p < end`.
+        position p reads a key only if `begin <= p < end`; of a key that ends before it begins,
+        unless `end <= p < begin`.
       query_block, key_block: sizes of blocks, multiples of 128.
       scale: factor of scores.
+      is_part: whether gradients of the log-sum-exp come less the output's along itself, from a
+        softmax that the call is a part of.
       config: launch parameters; default: by shape.
       interpret: whether to run in the TPU simulator.
 
@@ -82,7 +87,7 @@ def block_sparse_attention(
     config = config or tpu_heuristic(H=H, key_block=key_block)
     plan = Plan(
         scale=scale, rows=members * query_block, keys=key_block, strip=config.strip,
-        interpret=interpret,
+        is_part=is_part, interpret=interpret,
     )  # fmt: skip
 
     def rows(x):
@@ -100,9 +105,10 @@ def block_sparse_attention(
     positions = positions.reshape(*positions.shape[:2], m, 1, query_block)
     positions = jnp.tile(positions, (1, 1, 1, members, 1))
     fill = ((0, 0), (0, 0), (0, n * key_block - S))
+    edges = (jnp.pad(x, fill, constant_values=NEVER) for x in edges)
     padded = Rule(
         positions.reshape(*positions.shape[:2], 1, -1),
-        jnp.stack([jnp.pad(x, fill, constant_values=NEVER) for x in edges], axis=2),
+        jnp.stack(spans(*edges), axis=2),
     )
     out, lse = _attend(
         plan, rows(feature_major(q, m * query_block)),
@@ -157,8 +163,9 @@ def _attend_backward(plan, residuals, cotangents):
     d_out, d_lse = cotangents
     empty = jnp.isneginf(lse)
     # d x_ij = p_ij (d_out_i · v_j - d_out_i · out_i + d_lse_i)
-    mean = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=2, keepdims=True)
-    mean -= jnp.where(empty, 0, d_lse)
+    mean = -jnp.where(empty, 0, d_lse)
+    if not plan.is_part:
+        mean += jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=2, keepdims=True)
     numbers = jnp.concatenate([jnp.where(empty, 0, lse) / LN2, mean], axis=2)
     streams = q, d_out, numbers, k, v
     dq = query_gradients(plan, *streams, by_queries(lists), Rule(*rule))

@@ -25,18 +25,23 @@ from pallas_kernels.warpgroups import Here, Turns
 
 LOG2_E = 1.4426950408889634
 
+# Of a thread that copies, and of one that computes where so many warpgroups do: no more than a CTA
+# of all of them starts with.
+_FEW_REGISTERS = 24
+_REGISTERS = {2: 240, 3: 160, 4: 112}
+
 
 class Rule(NamedTuple):
-    """A query at position p reads a key only if `begin <= p < end`.
+    """A query at position p reads a key only if `p - begin < span`, in int32 that wraps around.
 
     Attributes:
       positions: of queries, `[b,h,T]` in int32.
-      begins, ends: of keys, `[b,h,S]` in int32.
+      begins, spans: of keys, `[b,h,S]` in int32, as of `items.spans`.
     """
 
     positions: jax.Array
     begins: jax.Array
-    ends: jax.Array
+    spans: jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +53,7 @@ class Plan:
       heads: query heads.
       query_block, key_block: sizes of the blocks of lists.
       config: launch parameters.
+      is_part: what gradients of log-sum-exps are, as of `mosaic_gpu.block_sparse_attention`.
       interpret: whether to run in the CPU simulator.
     """
 
@@ -56,6 +62,7 @@ class Plan:
     query_block: int
     key_block: int
     config: LaunchConfig
+    is_part: bool = False
     interpret: bool = False
 
     @property
@@ -100,8 +107,8 @@ class Plan:
           takes_turns: whether computing warpgroups do.
         """
         B, T, heads, H = arrays[resident[0]].shape
-        # Both read the same list.
-        readers = 2 if block % (2 * TILE) == 0 else 1
+        # All of them read the same list.
+        readers = next(n for n in range(self.config.warpgroups, 0, -1) if block % (n * TILE) == 0)
         num_blocks = T // (readers * TILE)
         ctas, parts = -(-num_blocks // blocks), block // (readers * TILE)
         grid = {"batch": B, "head": heads, "block": ctas}
@@ -134,7 +141,7 @@ class Plan:
 
             def copying() -> None:
                 if readers > 1:
-                    plgpu.set_max_registers(24, action="decrease")
+                    plgpu.set_max_registers(_FEW_REGISTERS, action="decrease")
 
                 def run(i, first):
                     own = [here(i, reader) for reader in range(readers)]
@@ -150,7 +157,7 @@ class Plan:
             def computing() -> None:
                 # One alone has as many as a thread may have, and what is copied needs few.
                 if readers > 1:
-                    plgpu.set_max_registers(240, action="increase")
+                    plgpu.set_max_registers(_REGISTERS[readers], action="increase")
 
                 def run(i, first):
                     own = here(i, warpgroup)
@@ -246,8 +253,8 @@ class Plan:
             return lax.broadcast_in_dim(x, (TILE, width), [axis])
 
         position = numbers(rule.positions, rows == "queries")
-        begin, end = (numbers(x, rows == "keys") for x in (rule.begins, rule.ends))
-        return lambda t: jnp.where((begin <= position) & (position < end), t, -jnp.inf)
+        begin, span = (numbers(x, rows == "keys") for x in (rule.begins, rule.spans))
+        return lambda t: jnp.where(position - begin < span, t, -jnp.inf)
 
 
 @dataclasses.dataclass(frozen=True)

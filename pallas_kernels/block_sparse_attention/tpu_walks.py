@@ -43,6 +43,7 @@ class Plan:
       rows: rows of a block of queries; heads that share a list are rows of one block.
       keys: keys of a block.
       strip: keys that are worked on at a time.
+      is_part: what gradients of log-sum-exps are, as of `mosaic_tpu.block_sparse_attention`.
       interpret: whether to run in the TPU simulator.
     """
 
@@ -50,16 +51,17 @@ class Plan:
     rows: int
     keys: int
     strip: int
+    is_part: bool = False
     interpret: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """A query at position p reads a key only if `begin <= p < end`.
+    """A query at position p reads a key only if `p - begin < span`, in int32 that wraps around.
 
     Attributes:
       positions: of queries, `[b,h,1,rows]` in int32.
-      edges: begins and ends of keys, `[b,h,2,S]` in int32.
+      edges: begins and spans of keys, `[b,h,2,S]` in int32, as of `items.spans`.
     """
 
     positions: jax.Array
@@ -238,8 +240,8 @@ class _Tile:
 
     def _seen(self, keys: Any) -> jax.Array:
         position = self._positions[...]
-        begin, end = (column(self._edges[i : i + 1, keys]) for i in (0, 1))
-        return (begin <= position) & (position < end)
+        begin, span = (column(self._edges[i : i + 1, keys]) for i in (0, 1))
+        return position - begin < span
 
 
 def _walk(

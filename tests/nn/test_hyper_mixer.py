@@ -82,7 +82,7 @@ def test_only_the_strict_form_promises_causality():
     [
         ({"sample_size": 0}, "HyperAttentionConfig.sample_size: expected a value greater than 0"),
         ({"block_size": 9}, "HyperAttentionConfig.block_size: expected at most min_seq_len=8"),
-        ({"num_projections": 17}, "HyperAttentionConfig.num_projections: expected at most 16"),
+        ({"num_projections": 8}, "HyperAttentionConfig.num_projections: expected at most 7, by"),
         ({"min_seq_len": 0}, "HyperAttentionConfig.min_seq_len: expected a value greater than 0"),
     ],
 )

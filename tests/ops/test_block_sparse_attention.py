@@ -50,7 +50,10 @@ def _random_plan(heads=N, *, density=0.5):
     blocks, count = _lists(chosen)
     columns, column_count = _lists(single)
     begin = rng.integers(-5, 15, (1, heads, S))
-    seen = rng.integers(-1, T, (B, 1, T)), begin, begin + rng.integers(0, 20, (1, heads, S))
+    end = begin + rng.integers(-6, 20, (1, heads, S))
+    # Whole blocks whose keys end before they begin, each hidden from one position.
+    end[..., -2 * KEY_BLOCK :] = begin[..., -2 * KEY_BLOCK :] - 1
+    seen = rng.integers(-1, T, (B, 1, T)), begin, end
     plan = ops.BlockPlan(
         blocks=blocks, count=count, log_weight=rng.standard_normal(blocks.shape),
         columns=ops.PlanColumns(columns, column_count, rng.standard_normal(columns.shape)),
@@ -58,6 +61,10 @@ def _random_plan(heads=N, *, density=0.5):
         query_block=QUERY_BLOCK, key_block=KEY_BLOCK,
     )  # fmt: skip
     return jax.tree.map(jnp.asarray, plan)
+
+
+def _sees(p, begin, end):
+    return (begin <= p) & (p < end) | (end < begin) & ~((end <= p) & (p < begin))
 
 
 def _numpy(tree):
@@ -92,7 +99,7 @@ def _pairs(plan, b, n, num_heads=N):
         if single is not None:
             entries += [(single.index[m, e], e, single.log_weight) for e in range(single.count[m])]
         for j, e, weight in entries:
-            if j < len(begin) and begin[j] <= p[i] < end[j]:
+            if j < len(begin) and _sees(p[i], begin[j], end[j]):
                 assert (i, j) not in added
                 added[i, j] = 0 if weight is None else weight[m, e]
     return added
@@ -184,7 +191,7 @@ def test_disjoint_plans_merge_to_their_union():
 def test_kinds_are_what_the_rule_says():
     plan = _random_plan(N, density=0.8)
     p, begin, end = _numpy(plan.seen)
-    seen = (begin[..., None, :] <= p[..., None]) & (p[..., None] < end[..., None, :])
+    seen = _sees(p[..., None], begin[..., None, :], end[..., None, :])
     seen = np.pad(seen, ((0, 0), (0, 0), (0, -T % QUERY_BLOCK), (0, -S % KEY_BLOCK)))
     seen[..., T:, :] = seen[..., T - 1 : T, :]  # rows of no query do not make an entry partial
     tiles = seen.reshape(B, N, M, QUERY_BLOCK, BLOCKS, KEY_BLOCK).transpose(0, 1, 2, 4, 3, 5)
@@ -198,6 +205,12 @@ def test_kinds_are_what_the_rule_says():
     assert np.all(tiles[kinds == FULL])
     causal = ops.causal_plan(24, query_block=4, key_block=4)
     np.testing.assert_array_equal(_kinds(causal)[0, 0], np.eye(6) + 2 * np.tri(6, k=-1))
+    block = jnp.repeat(jnp.arange(6, dtype=jnp.int32), 4)[None, None]
+    others = dataclasses.replace(
+        causal, blocks=jnp.tile(jnp.arange(6), (1, 1, 6, 1)), count=jnp.full((1, 1, 6), 6),
+        seen=Visibility(block, block + 1, block),
+    )  # fmt: skip
+    np.testing.assert_array_equal(_kinds(others)[0, 0], 2 - np.eye(6))
 
 
 def test_transposed_lists_hold_the_same_entries():
@@ -232,8 +245,11 @@ def _documents(causal=True):
 
 @pytest.mark.parametrize("causal", [True, False])
 def test_documents(causal):
-    build = functools.partial(ops.document_plan, causal=causal, query_block=4, key_block=2)
+    build = functools.partial(
+        ops.document_plan, causal=causal, longest=8, query_block=4, key_block=2
+    )
     plan = jax.jit(build)(jnp.asarray(IDS))
+    assert plan.blocks.shape[-1] == (6 if causal else 10)  # of 8 keys, or 15, for each of 4 queries
     np.testing.assert_array_equal(_mask(plan)[:, 0], _documents(causal))
     count = np.asarray(plan.count)
     assert count[0].sum() < 25  # of 50

@@ -11,6 +11,7 @@ from compiled import ops
 from lcattn.ops import hyper_attention
 from lcattn.ops.checks import check_heads
 from lcattn.ops.hyper_attention import api, dense, draws
+from lcattn.ops.hyper_attention.groups import causal_groups, document_groups
 from lcattn.ops.hyper_attention.hashing import gray_rank, ranks
 from lcattn.ops.hyper_attention.plan import Options
 from lcattn.testing.conformance import oracles
@@ -255,6 +256,19 @@ def test_tokens_that_are_all_alike():
         assert all(np.all(np.isfinite(g)) for g in gradients)
 
 
+def test_what_is_exact_lies_close_together():
+    """Lists of blocks have room for that, and for no more."""
+    ids = jnp.asarray(np.repeat([[0, 1, 2, 3]], [7, 20, 8, 5], axis=1))
+    for build, lengths in ((causal_groups, (40,)), (document_groups, (40, 40))):
+        groups, bounds = build(*lengths, ids, min_seq_len=8, block_size=4)
+        seen = np.asarray(groups.exact.mask()[0])
+        spans = []
+        for first in range(40 - 3):
+            keys = np.flatnonzero(seen[first : first + 4].any(axis=0))
+            spans.append(np.ptp(keys) + 1 if keys.size else 0)
+        assert max(spans) <= bounds.num_exact + 3 <= 2 * max(spans)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -265,7 +279,7 @@ def test_tokens_that_are_all_alike():
         ({"planes": jnp.zeros((5, 3))}, r"planes: expected \[F=4,r\], got shape \(5, 3\)"),
         ({"rng": 3}, "rng: expected a JAX key, got 3"),
         ({"num_projections": 0}, "num_projections: expected a whole number of at least 1"),
-        ({"num_projections": 17}, "num_projections: expected at most 16 here, got 17"),
+        ({"num_projections": 8}, "num_projections: expected at most 7, by min_seq_len=8, got 8"),
         ({"block_size": 0}, "block_size: expected a whole number of at least 1, got 0"),
         ({"block_size": 9}, "block_size: expected at most min_seq_len=8, got 9"),
         ({"sample_size": 0}, "sample_size: expected a whole number of at least 1, got 0"),

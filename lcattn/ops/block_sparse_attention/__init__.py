@@ -1,6 +1,6 @@
 """Softmax attention over lists of blocks of keys, and the plans that say which."""
 
-from lcattn.ops.block_sparse_attention.api import block_sparse_attention
+from lcattn.ops.block_sparse_attention.api import block_sparse_attention, block_sparse_part
 from lcattn.ops.block_sparse_attention.builders import (
     block_mask_plan,
     causal_plan,
@@ -16,6 +16,7 @@ __all__ = [
     "TransposedLists",
     "block_mask_plan",
     "block_sparse_attention",
+    "block_sparse_part",
     "causal_plan",
     "document_plan",
     "sliding_window_plan",

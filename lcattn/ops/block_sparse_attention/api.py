@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+from lcattn.errors import argument_error
 from lcattn.ops import checks, dispatch
 from lcattn.ops.block_sparse_attention import blockwise, columns, dense, kernel, tpu_kernel
 from lcattn.ops.block_sparse_attention.plan import BlockPlan
@@ -88,11 +89,40 @@ def block_sparse_attention(
     return (out, lse) if return_lse else out
 
 
+def block_sparse_part(
+    q: Float[Array, "B T N F"],
+    k: Float[Array, "B S K F"],
+    v: Float[Array, "B S K H"],
+    plan: BlockPlan,
+    *,
+    scale: float,
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]:
+    r"""The output and log-sum-exp of a part of a softmax, for a merge that knows the whole one's.
+
+    The gradient of the log-sum-exp has to come less :math:`o_i \cdot \partial o_i`. Of parts that
+    are merged to an output o with log-sum-exp L it then is
+    :math:`e^{\ell_i - L_i} (\partial L_i - o_i \cdot \partial o_i)`: what the parts gave is neither
+    kept for the backward pass nor read there.
+
+    Args:
+      q, k, v, plan: as of `block_sparse_attention`; a plan without columns.
+      scale: factor of the scores.
+    """
+    sizes = checks.check_heads(q, k, v)
+    check_plan(plan, sizes)
+    if plan.columns is not None:
+        raise argument_error("plan.columns", "None in a part of a softmax", "columns")
+    run = dispatch.choose("block_sparse_attention", None, sizes=sizes, dtype=q.dtype, plan=plan)
+    return run(q, k, v, plan.cleared(), scale=scale, is_part=True)
+
+
 def _with_columns(attend: Callable[..., tuple[Array, Array]]) -> Callable[..., tuple[Array, Array]]:
     """Lists by `attend` and columns apart, merged to one softmax."""
 
-    def run(q: Array, k: Array, v: Array, plan: BlockPlan, *, scale: float) -> tuple[Array, Array]:
-        out, lse = attend(q, k, v, plan, scale=scale)
+    def run(
+        q: Array, k: Array, v: Array, plan: BlockPlan, *, scale: float, is_part: bool = False
+    ) -> tuple[Array, Array]:
+        out, lse = attend(q, k, v, plan, scale=scale, is_part=is_part)
         if plan.columns is not None:
             single = columns.attend(q, k, v, plan, scale=scale)
             out, lse = merge((out, lse), single)

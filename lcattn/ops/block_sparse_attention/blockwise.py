@@ -16,7 +16,7 @@ from lcattn.ops.block_sparse_attention.plan import BlockPlan
 from lcattn.ops.block_sparse_attention.rows import Layout, place, take
 from lcattn.ops.block_sparse_attention.tiles import whole_blocks
 from lcattn.ops.checks import accumulation_dtype
-from lcattn.ops.visibility import NEVER
+from lcattn.ops.visibility import NEVER, sees
 from lcattn.typing import Array
 
 
@@ -38,7 +38,9 @@ class _Keys(NamedTuple):
     end: Array
 
 
-def attend(q: Array, k: Array, v: Array, plan: BlockPlan, *, scale: float) -> tuple[Array, Array]:
+def attend(
+    q: Array, k: Array, v: Array, plan: BlockPlan, *, scale: float, is_part: bool = False
+) -> tuple[Array, Array]:
     """Outputs `[B,T,N,H]` and log-sum-exps `[B,T,N]` over the listed blocks."""
     layout = Layout.of(plan, q.shape[2], k.shape[2])
     lists = _Lists(
@@ -51,13 +53,13 @@ def attend(q: Array, k: Array, v: Array, plan: BlockPlan, *, scale: float) -> tu
     k, v = (
         jnp.moveaxis(whole_blocks(jnp.moveaxis(x, 1, -1), plan.key_block), 2, -1) for x in (k, v)
     )
-    out, lse = _attend(layout, scale, layout.rows(q), k, v, lists, begin, end)
+    out, lse = _attend(layout, scale, is_part, layout.rows(q), k, v, lists, begin, end)
     return layout.unrows(out), layout.unrows(lse)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _attend(layout, scale, q, k, v, lists, begin, end):
-    return _forward(layout, scale, q, k, v, lists, begin, end)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _attend(layout, scale, is_part, q, k, v, lists, begin, end):
+    return _forward(layout, scale, is_part, q, k, v, lists, begin, end)[0]
 
 
 def _scores(
@@ -72,10 +74,11 @@ def _scores(
     position = layout.spread(lists.positions, rows)[..., :, None]
     begin, end = (take(edge, index)[..., None, :] for edge in (keys.begin, keys.end))
     is_listed = layout.spread(e < lists.count, rows)[..., None, None]
-    return index, x, is_listed & (begin <= position) & (position < end)
+    return index, x, is_listed & sees(position, begin, end)
 
 
-def _forward(layout, scale, q, k, v, lists, begin, end):
+def _forward(layout, scale, is_part, q, k, v, lists, begin, end):
+    del is_part
     keys, dtype = _Keys(k, v, begin, end), accumulation_dtype(q.dtype)
     # zeros_like of a product inherits what shard_map knows of q, k and v.
     zero = _zero(dtype, q, k, v)
@@ -108,14 +111,16 @@ def _forward(layout, scale, q, k, v, lists, begin, end):
     return (out, lse), (q, k, v, lists, begin, end, out, lse)
 
 
-def _backward(layout, scale, residuals, cotangents):
+def _backward(layout, scale, is_part, residuals, cotangents):
     q, k, v, lists, begin, end, out, lse = residuals
     d_out, d_lse = cotangents
     keys, dtype = _Keys(k, v, begin, end), accumulation_dtype(q.dtype)
     empty = jnp.isneginf(lse)
     base = jnp.where(empty, 0, lse)
     # d x_ts = p_ts (d_out_t · v_s - d_out_t · out_t + d_lse_t)
-    inner = jnp.sum(d_out.astype(dtype) * out.astype(dtype), axis=-1) - jnp.where(empty, 0, d_lse)
+    inner = -jnp.where(empty, 0, d_lse)
+    if not is_part:
+        inner += jnp.sum(d_out.astype(dtype) * out.astype(dtype), axis=-1)
     zero = _zero(dtype, q, k, v, d_out)
 
     def turn(sums, part):

@@ -78,6 +78,7 @@ def document_plan(
     segment_ids: SegmentIds,
     *,
     causal: bool = True,
+    longest: int | None = None,
     query_block: int = BLOCK,
     key_block: int = BLOCK,
 ) -> BlockPlan:
@@ -86,10 +87,17 @@ def document_plan(
     Args:
       segment_ids: document of each token `[B,T]`; negative ids are padding.
       causal: only up to the query.
+      longest: the most tokens that a document has, where ids are not known while tracing. Lists
+        then have room for such a document; without it, for the whole row: (T/128)^2 entries, 67
+        million for a million tokens. What is longer than said loses keys.
       query_block, key_block: sizes of blocks.
     """
+    if longest is not None:
+        check_size("longest", longest)
     seen = _rule(segment_ids.shape[1], None, segment_ids, causal=causal)
-    return plan_of_rule(seen, query_block=query_block, key_block=key_block)
+    # Without causality a block of queries may see the end of one document and the next.
+    window = longest if longest is None or causal else 2 * longest - 1
+    return plan_of_rule(seen, query_block=query_block, key_block=key_block, window=window)
 
 
 def block_mask_plan(

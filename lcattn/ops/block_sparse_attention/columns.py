@@ -8,6 +8,7 @@ from lcattn.ops.block_sparse_attention.plan import BlockPlan
 from lcattn.ops.block_sparse_attention.rows import Layout, take
 from lcattn.ops.checks import accumulation_dtype
 from lcattn.ops.masked_softmax import masked_softmax
+from lcattn.ops.visibility import sees
 from lcattn.typing import Array
 
 
@@ -37,7 +38,7 @@ def attend(q: Array, k: Array, v: Array, plan: BlockPlan, *, scale: float) -> tu
         is_listed = layout.spread(places < count[..., None], batch)[..., None, :]
         position = layout.spread(positions, batch)[..., None]
         begin, end = (take(edge, index)[..., None, :] for edge in seen[1:])
-        weights, lse = masked_softmax(x, is_listed & (begin <= position) & (position < end))
+        weights, lse = masked_softmax(x, is_listed & sees(position, begin, end))
         out = jnp.einsum(
             "...rc,...ch->...rh", weights.astype(v.dtype), take(values, index).astype(v.dtype),
             preferred_element_type=dtype,

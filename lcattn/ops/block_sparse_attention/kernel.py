@@ -10,13 +10,15 @@ from lcattn.ops.checks import Sizes
 from lcattn.typing import Array
 
 
-def attend(q: Array, k: Array, v: Array, plan: BlockPlan, *, scale: float) -> tuple[Array, Array]:
+def attend(
+    q: Array, k: Array, v: Array, plan: BlockPlan, *, scale: float, is_part: bool = False
+) -> tuple[Array, Array]:
     """Attention over the listed blocks, of a call that `objection` lets pass."""
     from pallas_kernels.block_sparse_attention import mosaic_gpu
 
     return mosaic_gpu.block_sparse_attention(
         q, k, v, entries(plan), tuple(plan.seen),
-        query_block=plan.query_block, key_block=plan.key_block, scale=scale,
+        query_block=plan.query_block, key_block=plan.key_block, scale=scale, is_part=is_part,
     )  # fmt: skip
 
 

@@ -60,9 +60,9 @@ class BlockPlan:
       blocks: key blocks `[b,h,m,e]` of each list, ascending, each once; what fills the places past
         the end of a list does not matter.
       count: length of each list `[b,h,m]`; may be 0.
-      seen: the rule: a query at position p reads a key only if `begin <= p < end`. Queries
-        `[b,h,T]`, begins and ends `[b,h,S]`. It says all there is of causality, windows, sinks and
-        documents.
+      seen: the rule: a query at position p reads a key only if `begin <= p < end`; of a key that
+        ends before it begins, unless `end <= p < begin`. Queries `[b,h,T]`, begins and ends
+        `[b,h,S]`. It says all there is of causality, windows, sinks and documents.
       log_weight: what is added to the scores of each entry `[b,h,m,e]`, a constant; or None.
       columns: single keys that are read besides; or None.
       query_block: queries of a block.

@@ -17,6 +17,7 @@ class Tiles(NamedTuple):
       oldest: the lowest that is not negative, since queries at negative positions see nothing.
       begins, last_begins: the lowest and highest begin in a block.
       ends, last_ends: the lowest and highest end.
+      some_wrap, all_wrap: whether keys end before they begin.
     """
 
     lowest: Array
@@ -26,6 +27,8 @@ class Tiles(NamedTuple):
     last_begins: Array
     ends: Array
     last_ends: Array
+    some_wrap: Array
+    all_wrap: Array
 
     @classmethod
     def of(cls, seen: Visibility, query_block: int, key_block: int) -> "Tiles":
@@ -35,7 +38,9 @@ class Tiles(NamedTuple):
         highest = p.max(axis=-1)
         oldest = jnp.where(p < 0, highest[..., None], p).min(axis=-1)
         lows, highs = ([reduce(x, -1) for x in (begin, end)] for reduce in (jnp.min, jnp.max))
-        return cls(p.min(axis=-1), oldest, highest, lows[0], highs[0], lows[1], highs[1])
+        extremes = lows[0], highs[0], lows[1], highs[1]
+        wraps = end < begin
+        return cls(p.min(axis=-1), oldest, highest, *extremes, wraps.any(-1), wraps.all(-1))
 
     def at(self, blocks: Int[Array, "b h m e"]) -> "Tiles":
         """Those of each pair of a block of queries and the e-th block of keys listed for it."""
@@ -52,11 +57,12 @@ class Tiles(NamedTuple):
 
     def some_seen(self) -> Array:
         """Whether a pair may be seen: false only where none is."""
-        return (self.begins <= self.highest) & (self.oldest < self.last_ends)
+        return self.some_wrap | (self.begins <= self.highest) & (self.oldest < self.last_ends)
 
     def all_seen(self) -> Array:
-        """Whether all pairs are seen."""
-        return (self.last_begins <= self.lowest) & (self.highest < self.ends)
+        """Whether all pairs are seen: true only where they are."""
+        begun, unended = self.last_begins <= self.lowest, self.highest < self.ends
+        return begun & unended | self.all_wrap & (begun | unended)
 
 
 def whole_blocks(x: Array, block: int, **options) -> Array:

@@ -1,5 +1,6 @@
 """The kernels for TPUs, behind the op's contract."""
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -16,10 +17,13 @@ from lcattn.typing import Array
 _Attend = Callable[[Array, Array, Array, BlockPlan, float], tuple[Array, Array]]
 
 
-def attend(q: Array, k: Array, v: Array, plan: BlockPlan, *, scale: float) -> tuple[Array, Array]:
+def attend(
+    q: Array, k: Array, v: Array, plan: BlockPlan, *, scale: float, is_part: bool = False
+) -> tuple[Array, Array]:
     """Attention over the listed blocks, of a call that `objection` lets pass."""
     turns = _Turns.of(plan, k.shape[2])
-    run = _in_turns(_in_turns(_at_once, turns.heads, axis=1), turns.rows, axis=0)
+    at_once = functools.partial(_at_once, is_part=is_part)
+    run = _in_turns(_in_turns(at_once, turns.heads, axis=1), turns.rows, axis=0)
     return run(q, k, v, plan, scale)
 
 
@@ -81,12 +85,14 @@ def _in_turns(run: _Attend, turns: int, *, axis: int) -> _Attend:
     return in_turns
 
 
-def _at_once(q: Array, k: Array, v: Array, plan: BlockPlan, scale: float) -> tuple[Array, Array]:
+def _at_once(
+    q: Array, k: Array, v: Array, plan: BlockPlan, scale: float, *, is_part: bool
+) -> tuple[Array, Array]:
     from pallas_kernels.block_sparse_attention import mosaic_tpu
 
     return mosaic_tpu.block_sparse_attention(
         q, k, v, entries(plan), tuple(plan.seen),
-        query_block=plan.query_block, key_block=plan.key_block, scale=scale,
+        query_block=plan.query_block, key_block=plan.key_block, scale=scale, is_part=is_part,
     )  # fmt: skip
 
 

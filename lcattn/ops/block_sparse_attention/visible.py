@@ -1,7 +1,7 @@
 """Attention to whatever a rule lets queries see, by the plan of that rule."""
 
 from lcattn.ops import dispatch
-from lcattn.ops.block_sparse_attention.api import block_sparse_attention
+from lcattn.ops.block_sparse_attention.api import block_sparse_attention, block_sparse_part
 from lcattn.ops.block_sparse_attention.builders import plan_of_rule
 from lcattn.ops.visibility import Visibility
 from lcattn.typing import Array
@@ -24,6 +24,7 @@ def attend(
     scale: float,
     window: int | None = None,
     sinks: int = 0,
+    is_part: bool = False,
 ) -> tuple[Array, Array]:
     """Outputs `[B,T,N,H]` and log-sum-exps `[B,T,N]`, by the best form of block-sparse attention.
 
@@ -36,6 +37,7 @@ def attend(
       seen: who sees whom, arrays `[b,...]`.
       scale: factor of the scores.
       window, sinks: bounds of what a query sees, as of `plan_of_rule`.
+      is_part: whether this is a part of a softmax, as of `block_sparse_part`.
     """
     plan = plan_of_rule(
         Visibility(*(x[:, None] for x in seen)),
@@ -44,5 +46,7 @@ def attend(
         window=window,
         sinks=sinks,
     )
+    if is_part:
+        return block_sparse_part(q, k, v, plan, scale=scale)
     out, lse = block_sparse_attention(q, k, v, plan, scale=scale, return_lse=True)
     return out, lse

@@ -12,7 +12,7 @@ from lcattn.ops.block_sparse_attention import visible
 from lcattn.ops.hyper_attention import block_sparse, blockwise, dense
 from lcattn.ops.hyper_attention.draws import Draws, draw
 from lcattn.ops.hyper_attention.groups import Bounds, Groups, causal_groups, document_groups
-from lcattn.ops.hyper_attention.hashing import ranks
+from lcattn.ops.hyper_attention.hashing import most_projections, ranks
 from lcattn.ops.hyper_attention.plan import Options, Plan, make_plan
 from lcattn.ops.merging import merge
 from lcattn.ops.softmax_attention import chunked, softmax_attention
@@ -93,7 +93,8 @@ def hyper_attention(
       rng: a JAX key; needed where a row is longer than `min_seq_len`. Or a key for each row and
         query head `[B,N]`, with `planes`: under `shard_map`, say, where each shard counts its rows
         and heads anew.
-      num_projections: r of the planes that are drawn, from 1 to 16; 7 as published.
+      num_projections: r of the planes that are drawn; 7 as published, and at most 7 or, if that is
+        more, log2 of `min_seq_len`.
       block_size: b, at most `min_seq_len`; 256 as published.
       sample_size: m; 256 as published.
       min_seq_len: s, the most tokens that are exact; 4096 as published.
@@ -138,17 +139,12 @@ def hyper_attention(
         groups, bounds = causal_groups(sizes.S, segment_ids, **cuts)
     else:
         groups, bounds = document_groups(sizes.T, sizes.S, segment_ids, **cuts)
-    _check_ranks(drawn.planes.shape[1], groups.draw_ids.shape[1])
+    most, r = most_projections(min_seq_len), drawn.planes.shape[1]
+    if r > most:
+        raise argument_error("num_projections", f"at most {most}, by min_seq_len={min_seq_len}", r)
     leaf = min_seq_len if causal and segment_ids is None else None
     out, lse = run(q, k, v, drawn, groups, bounds, leaf, options)
     return (out.astype(q.dtype), lse) if return_lse else out.astype(q.dtype)
-
-
-def _check_ranks(num_projections: int, num_groups: int) -> None:
-    """Members are counted by group and rank, in a table that int32 indexes."""
-    most = min(16, 30 - num_groups.bit_length())
-    if num_projections > most:
-        raise argument_error("num_projections", f"at most {most} here", num_projections)
 
 
 def _in_chunks(
@@ -174,7 +170,9 @@ def _block_sparse(
         return _plan(q, k, drawn, bounds, options, *rest)
 
     plan = _map_heads(head, q, k, v, drawn, groups[:3])
-    exact = functools.partial(visible.attend, scale=options.scale)
+    exact = functools.partial(
+        visible.attend, scale=options.scale, window=bounds.num_exact, is_part=True
+    )
     return block_sparse.attend(q, k, v, plan, options, _exact(q, k, v, groups, leaf, exact))
 
 

@@ -1,24 +1,23 @@
 """All levels as one plan of blocks, for the kernels of `block_sparse_attention`.
 
 The queries of the plan are the chunks, level after level; its keys are the sorted blocks and,
-behind them, the samples. A chunk lists its block, and the samples of its group with the log of how
-many keys each of them stands for.
+behind them, the samples of each group, in the order of the blocks that they are from. A chunk lists
+its block, and the samples of its group with the log of how many keys each of them stands for.
 
-A sample from the block that a query reads must not count again. So samples are in the order of the
-blocks that they are from, and lie there twice: for queries of earlier blocks, and of later ones::
+A sample from the block that a query reads must not count again. So the position of a query is the
+block that it reads, and each sample is hidden from one position. Most blocks of samples come from
+other blocks of keys, and need no test.
 
-    samples from block   0 0 1 2   0 0 1 2
-    query of block 0     . . x x   . . . .
-    query of block 1     . . . x   x x . .
-    query of block 2     . . . .   x x x .
+Each key head is a row of the call, since its blocks are its own; the query heads that share it
+share its blocks, and have samples of their own.
 
-Query heads that share a key head share its blocks, and have samples of their own.
-
-On an H200, 131072 causal tokens of 32 heads of 64 take 23.3 ms forward: 14.2 in kernels, of which
-exact leaves take nearly half, as the time for 16384 tokens tells; 3.5 to gather queries, keys and
-values in order, 1.1 to sort ranks, 0.9 to hash, 0.7 to merge; the rest are indices. Gradients add
-43.1 ms, of which kernels take 34.9. Exact attention by cuDNN takes 153 ms, and 597 with gradients;
-at 16384 tokens it is still slower, by 1.2 and 1.4 times.
+On an H200, 131072 causal tokens of 32 heads of 64 took 23.3 ms forward, and 66.4 with gradients,
+when samples lay there twice, a token's heads side by side, and parts were kept for the backward
+pass: 14.2 ms in kernels, of which exact leaves take nearly half, as the time for 16384 tokens
+tells; 3.5 to gather queries, keys and values in order, 1.1 to sort ranks, 0.9 to hash, 0.7 to
+merge; the rest were indices. Exact attention by cuDNN takes 153 ms, and 597 with gradients; at
+16384 tokens it was still slower, by 1.2 and 1.4 times. The present form was compiled for that GPU
+but not timed.
 """
 
 import math
@@ -26,14 +25,14 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 
-from lcattn.ops.block_sparse_attention import BlockPlan, block_sparse_attention, kernel
+from lcattn.ops.block_sparse_attention import BlockPlan, block_sparse_part, kernel
 from lcattn.ops.block_sparse_attention.plan import BLOCK
 from lcattn.ops.block_sparse_attention.tiles import whole_blocks
 from lcattn.ops.block_sparse_attention.visible import default_block
 from lcattn.ops.checks import Sizes, accumulation_dtype
 from lcattn.ops.hyper_attention.levels import merge_levels
 from lcattn.ops.hyper_attention.plan import Options, Plan
-from lcattn.ops.hyper_attention.rearranged import rearrange, take
+from lcattn.ops.hyper_attention.rearranged import rearrange, rearrange_and_sample
 from lcattn.ops.visibility import HIDDEN, NEVER, Visibility
 from lcattn.typing import Array, Float, Int
 
@@ -49,7 +48,7 @@ def attend(
     options: Options,
     exact: tuple[Float[Array, "B T N H"], Float[Array, "B T N"]] | None,
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]:
-    """Outputs and log-sum-exps over all levels and what is not estimated.
+    """Outputs and log-sum-exps over all levels and what is not estimated, a part of the softmax.
 
     The arrays of `plan` have axes `[B,K,N/K,...]`.
     """
@@ -64,54 +63,42 @@ def attend(
         return x[:, :, 0].reshape(B, K, -1)
 
     def lay_out(x: Array) -> Array:
-        blocks = rearrange(x, key_heads(plan.keys), plan.key_place[:, :, 0])
-        # A key may be sampled often: its gradients are summed in `dtype`.
-        sampled = take(x.astype(dtype), samples.tokens.reshape(B, K, -1))
-        return jnp.concatenate([blocks, sampled.astype(x.dtype)], axis=1)
+        sampled = samples.places.reshape(B, K, -1)
+        rows = rearrange_and_sample(x, key_heads(plan.keys), plan.key_place[:, :, 0], sampled)
+        return rows.reshape(B * K, -1, 1, x.shape[-1])
 
     place, readers = heads(plan.place, L, T), heads(plan.readers, -1)
-    levels = block_sparse_attention(
-        rearrange(q, heads(plan.queries(), -1), place), lay_out(k), lay_out(v),
-        block_plan(plan, samples, options, dtype), scale=options.scale, return_lse=True,
+    chunks = rearrange(q, heads(plan.queries(), -1), place)
+    chunks = jnp.swapaxes(chunks.reshape(B * K, N // K, *chunks.shape[2:]), 1, 2)
+    levels = block_sparse_part(
+        chunks, lay_out(k), lay_out(v), block_plan(plan, samples, options, dtype),
+        scale=options.scale,
     )  # fmt: skip
-    return merge_levels(levels, exact, place, readers)
+    out, lse = (heads(jnp.swapaxes(x, 1, 2), -1, *x.shape[3:]) for x in levels)
+    return merge_levels((out, lse), exact, place, readers)
 
 
 class _Samples(NamedTuple):
     """The sampled keys of each group in blocks, e of them a group.
 
     Attributes:
-      tokens: that were drawn; S where a block is filled up. Copy 0 is for earlier blocks of keys,
-        copy 1 for later ones.
-      begin, end: the first block whose readers see them, and the one after the last.
-      first, last: the first and last block of keys that those of a block are from.
+      places: among the keys of all blocks; past their end where a block is filled up.
+      begin, end: the position from which they are seen and that up to which they are, around the
+        circle: of a sample from block j, j + 1 and j. What fills a block up is never seen.
     """
 
-    tokens: Int[Array, "B K G 2 P e s"]
-    begin: Int[Array, "B K G 2 P e s"]
-    end: Int[Array, "B K G 2 P e s"]
-    first: Int[Array, "B K G P e"]
-    last: Int[Array, "B K G P e"]
+    places: Int[Array, "B K G P e s"]
+    begin: Int[Array, "B K G P e s"]
+    end: Int[Array, "B K G P e s"]
 
     @classmethod
     def of(cls, plan: Plan, options: Options) -> "_Samples":
-        keys = plan.keys.reshape(*plan.keys.shape[:3], 1, -1)
         places = jnp.sort(plan.samples, axis=-1)
-        tokens = jnp.take_along_axis(keys, places, axis=-1)
-        block = places // options.block_size
-        size = key_block(options)
-        tokens = whole_blocks(tokens, size, constant_values=plan.key_place.shape[-1])
-        first = whole_blocks(block, size)[..., 0]
-        last = whole_blocks(block, size, constant_values=-1).max(axis=-1)
-        # What fills a block up begins where it ends.
-        begin = whole_blocks(block + 1, size, constant_values=NEVER)
-        end = whole_blocks(block, size)
+        block, size = places // options.block_size, key_block(options)
         return cls(
-            jnp.stack([tokens, tokens], axis=3),
-            jnp.stack([jnp.zeros_like(begin), begin], axis=3),
-            jnp.stack([end, jnp.full_like(end, NEVER)], axis=3),
-            first,
-            last,
+            whole_blocks(places, size, constant_values=math.prod(plan.keys.shape[-2:])),
+            whole_blocks(block + 1, size, constant_values=NEVER),
+            whole_blocks(block, size, constant_values=NEVER),
         )
 
 
@@ -133,51 +120,41 @@ def key_block(options: Options) -> int:
 
 
 def block_plan(plan: Plan, samples: _Samples, options: Options, dtype: jnp.dtype) -> BlockPlan:
-    """What every chunk reads, with log-weights of `dtype`."""
+    """What every chunk reads, with log-weights of `dtype`; rows are those of the batch times K."""
     B, K, G, n, b = plan.keys.shape
     c = plan.readers.shape[-1]
     S, size = plan.key_place.shape[-1], key_block(options)
-    P, e = samples.first.shape[-2:]
+    P, e = samples.places.shape[-3:-1]
     own = b // size  # blocks of the plan to a block of alike keys
 
     def of_chunk(x: Array, index: Array) -> Array:
-        return jnp.take_along_axis(x, index.reshape(*index.shape, *(1,) * (x.ndim - 4)), axis=3)
+        return jnp.take_along_axis(x, index, axis=3)[..., None]
 
     position = plan.block[..., None]
     has_keys = plan.keys.reshape(B, K, G, n, own, size)[..., 0] < S
-    num_own = of_chunk(jnp.sum(has_keys, axis=-1, dtype=jnp.int32), plan.block)[..., None]
-    # Of the first copy the last blocks are read, of the second the first ones. At most one block
-    # of samples is read from both, since those of the query's own block are in one stretch.
-    unread, read = (
-        jnp.sum(of_chunk(x, plan.group) < edge, axis=-1, dtype=jnp.int32, keepdims=True)
-        for x, edge in ((samples.last, position + 1), (samples.first, position))
-    )
-    nth = jnp.arange(own + e + 1, dtype=jnp.int32)
-    nth_sampled = nth - num_own
+    num_own = of_chunk(jnp.sum(has_keys, axis=-1, dtype=jnp.int32), plan.block)
+    nth = jnp.arange(own + e, dtype=jnp.int32)
     member = jnp.arange(G, dtype=jnp.int32)[:, None, None]
-    copy = n * own + (2 * member * P + plan.group[..., None]) * e
-    sampled = nth_sampled + unread + jnp.where(nth_sampled < e - unread, copy, copy + (P - 1) * e)
-    is_own = nth_sampled < 0
-    count = (num_own + e - unread + read)[..., 0]
+    sampled = n * own + (member * P + plan.group[..., None]) * e + nth - num_own
+    is_own = nth < num_own
     times = of_chunk(plan.num_keys, plan.group).astype(dtype) / options.sample_size
-    log_weight = jnp.where(is_own, 0, jnp.log(times)[..., None])
     is_used = plan.readers[..., 0] < plan.place.shape[-2] * plan.place.shape[-1]
 
-    def heads(x: Array) -> Array:
-        return x.reshape(B, K * G, *x.shape[3:])
+    def rows(x: Array) -> Array:
+        return x.reshape(B * K, G, *x.shape[3:])
 
-    key_exists = plan.keys[:, :, 0].reshape(B, K, -1) < S
-    begin, end = (x.reshape(B, K, -1) for x in (samples.begin, samples.end))
+    key_exists = plan.keys[:, :, 0].reshape(B * K, 1, -1) < S
+    begin, end = (x.reshape(B * K, 1, -1) for x in (samples.begin, samples.end))
     seen = Visibility(
-        jnp.repeat(heads(jnp.where(is_used, plan.block, HIDDEN)), c, axis=-1),
+        jnp.repeat(rows(jnp.where(is_used, plan.block, HIDDEN)), c, axis=-1),
         jnp.concatenate([jnp.zeros_like(key_exists, jnp.int32), begin], axis=-1),
         jnp.concatenate([jnp.where(key_exists, NEVER, 0), end], axis=-1),
     )
     return BlockPlan(
-        blocks=heads(jnp.where(is_own, position * own + nth, sampled)),
-        count=heads(jnp.where(is_used, count, 0)),
+        blocks=rows(jnp.where(is_own, position * own + nth, sampled)),
+        count=rows(jnp.where(is_used, num_own[..., 0] + e, 0)),
         seen=seen,
-        log_weight=heads(log_weight),
+        log_weight=rows(jnp.where(is_own, 0, jnp.log(times))),
         query_block=c,
         key_block=size,
     )

@@ -41,10 +41,17 @@ class Groups(NamedTuple):
 
 
 class Bounds(NamedTuple):
-    """What shapes are made of: the most blocks of keys, and the most queries, that a row has."""
+    """What shapes are made of.
+
+    Attributes:
+      num_blocks: the most blocks of keys that a row has.
+      num_queries: the most queries that it has.
+      num_exact: the most consecutive keys that a query reads exactly; they move on as it does.
+    """
 
     num_blocks: int
     num_queries: int
+    num_exact: int
 
 
 def causal_groups(
@@ -81,7 +88,7 @@ def causal_groups(
         first += count
     groups = Groups(jnp.stack(queries, 1), jnp.stack(keys, 1), draw_ids, exact)
     blocks = sum(n * -(-span // block_size) for n, span in zip(counts, spans, strict=True))
-    return groups, Bounds(blocks, len(spans) * (length // 2))
+    return groups, Bounds(blocks, len(spans) * (length // 2), min_seq_len)
 
 
 def document_groups(
@@ -96,7 +103,7 @@ def document_groups(
     if segment_ids is None:
         one = jnp.zeros((1, 1, max(num_queries, num_keys)), jnp.int32)
         groups = Groups(one[..., :num_queries], one[..., :num_keys], one[:, 0, :1], None)
-        return groups, Bounds(-(-num_keys // block_size), num_queries)
+        return groups, Bounds(-(-num_keys // block_size), num_queries, 0)
     tokens, is_real = _tokens(num_keys, segment_ids)
     is_long = is_real & (tokens.end - tokens.first > min_seq_len)
     count = num_keys // (min_seq_len + 1)
@@ -107,7 +114,8 @@ def document_groups(
     exact = Visibility(tokens.token, begin, jnp.where(is_short, tokens.end, begin))
     draw_ids = jnp.zeros((len(group), count), jnp.int32)
     blocks = num_keys // block_size + count
-    return Groups(group, group, draw_ids, exact), Bounds(blocks, num_queries)
+    # Those of a document that ends and those of one that begins.
+    return Groups(group, group, draw_ids, exact), Bounds(blocks, num_queries, 2 * min_seq_len - 1)
 
 
 def _tokens(length: int, segment_ids: Array | None) -> tuple[DensePositions, Array]:

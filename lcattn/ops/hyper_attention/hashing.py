@@ -6,16 +6,26 @@ from jax import lax
 from lcattn.ops.checks import accumulation_dtype
 from lcattn.typing import Array, Float, Int
 
+# Of projections: in bfloat16 many would change sides.
+PRECISION = lax.Precision.HIGHEST
+
+
+def most_projections(min_seq_len: int) -> int:
+    """The most hyperplanes: 7 as published, or no more buckets than the smallest group has keys.
+
+    More would be empty, and what is counted for each group and bucket would outgrow the keys.
+    """
+    return max(7, min_seq_len.bit_length() - 1)
+
 
 def ranks(x: Float[Array, "T F"], planes: Float[Array, "F r"]) -> Int[Array, "T"]:
     """The rank of each vector's bucket, from 0 to 2^r - 1.
 
     Bit i of a bucket says on which side of plane i the vector lies. Buckets are ranked along the
-    reflected Gray sequence, so that neighbours in rank are separated by one plane. Projections are
-    summed in float32: in bfloat16 many would change sides.
+    reflected Gray sequence, so that neighbours in rank are separated by one plane.
     """
     x = lax.stop_gradient(x).astype(accumulation_dtype(x.dtype))
-    sides = jnp.matmul(x, planes.astype(x.dtype), precision=lax.Precision.HIGHEST) > 0
+    sides = jnp.matmul(x, planes.astype(x.dtype), precision=PRECISION) > 0
     bits = jnp.arange(planes.shape[1], dtype=jnp.int32)
     return gray_rank(jnp.sum(sides << bits, axis=-1, dtype=jnp.int32))
 

@@ -1,7 +1,8 @@
 """One softmax from what each level gave, chunk by chunk, and what was not estimated.
 
 As `lcattn.ops.merging.merge`, whose results these are. But outputs of levels are fetched as they
-are added up, and gradients for them, of all levels at once, from those of the merged output.
+are added up, and gradients for them, of all levels at once, from those of the merged output, which
+takes parts as `block_sparse_part` makes them.
 """
 
 import functools
@@ -11,13 +12,14 @@ import jax.numpy as jnp
 
 from lcattn.ops.hyper_attention.rearranged import take
 from lcattn.typing import Array, Float, Int
+from pallas_kernels.inner import inner
 
 Part = tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]
 
 
 @jax.custom_vjp
 def merge_levels(
-    levels: tuple[Float[Array, "B R N H"], Float[Array, "B R N"]],
+    levels: tuple[Float[Array, "B N R H"], Float[Array, "B N R"]],
     exact: Part | None,
     place: Int[Array, "B N L T"],
     readers: Int[Array, "B N R"],
@@ -36,42 +38,43 @@ def merge_levels(
 def _forward(levels, exact, place, readers):
     out, lse = levels
     places = [place[:, :, level] for level in range(place.shape[2])]
-    is_placed = [jnp.swapaxes(x, 1, 2) < out.shape[1] for x in places]
-    lses = [
-        jnp.where(seen, take(lse[..., None], x)[..., 0], -jnp.inf)
-        for x, seen in zip(places, is_placed, strict=True)
-    ]
+    lses = [jnp.where(x < lse.shape[2], take(lse, x), -jnp.inf) for x in places]
     if exact is not None:
-        lses.append(exact[1])
+        lses.append(_by_token(exact[1]))
     total = jax.nn.logsumexp(jnp.stack(lses), axis=0)
-    shares = [_share(x, total)[..., None] for x in lses]
-    outs = [take(out, x) for x in places]
+    shares = [_by_token(_share(x, total))[..., None] for x in lses]
+    outs = [_by_token(take(out, x)) for x in places]
     if exact is not None:
         outs.append(exact[0])
     parts = (share * x for share, x in zip(shares, outs, strict=True))
     merged = functools.reduce(jnp.add, parts).astype(out.dtype)
-    return (merged, total), (levels, exact, place, readers, merged, total)
+    merged = merged, _by_token(total)
+    exact_lse = None if exact is None else exact[1]
+    return merged, (lse, exact_lse, place, readers, *merged)
 
 
 def _backward(residuals, gradients):
-    (out, lse), exact, place, readers, merged, total = residuals
+    lse, exact_lse, place, readers, merged, total = residuals
     g, d_total = gradients
     T = place.shape[-1]
-    # d x = p (g · v - inner) for the score x of a pair, whatever the level
-    inner = jnp.sum(g.astype(lse.dtype) * merged.astype(lse.dtype), axis=-1) - d_total
+    # d x = p (g · v - along) for the score x of a pair, whatever the level
+    along = inner(g, merged, lse.dtype) - d_total
 
-    def of_part(g, inner, total, out, lse):
+    def of_part(g, along, total, lse):
         share = _share(lse, total)
-        d_out = (share[..., None] * g).astype(out.dtype)
-        along = jnp.sum(d_out.astype(lse.dtype) * out.astype(lse.dtype), axis=-1)
-        return d_out, along - share * inner
+        return (share[..., None] * g).astype(merged.dtype), -share * along
 
     token = jnp.where(readers < place.shape[2] * T, readers % T, T)
-    own_inner, own_total = (take(x[..., None], token)[..., 0] for x in (inner, total))
-    own_total = jnp.where(jnp.swapaxes(token, 1, 2) < T, own_total, jnp.inf)
-    d_levels = of_part(take(g, token), own_inner, own_total, out, lse)
-    d_exact = None if exact is None else of_part(g, inner, total, *exact)
+    own_g, own_along, own_total = (take(_by_token(x), token) for x in (g, along, total))
+    own_total = jnp.where(token < T, own_total, jnp.inf)
+    d_levels = of_part(own_g, own_along, own_total, lse)
+    d_exact = None if exact_lse is None else of_part(g, along, total, exact_lse)
     return d_levels, d_exact, None, None
+
+
+def _by_token(x: Float[Array, "B N T *H"]) -> Float[Array, "B T N *H"]:
+    """Or by head, what is by token."""
+    return jnp.swapaxes(x, 1, 2)
 
 
 def _share(lse: Array, total: Array) -> Array:

@@ -84,7 +84,7 @@ def make_plan(
         by_rank(groups, ranks, P, 2**num_projections)
         for groups, ranks in ((query_groups, query_ranks), (key_groups, key_ranks))
     )
-    sizes = keys.counts.sum(axis=1)
+    sizes = keys.counts.sum(axis=1, dtype=jnp.int32)
     num_blocks = -(-sizes // b)
     blocks = _Pieces.of(num_blocks, n)
     at = key_groups, key_ranks

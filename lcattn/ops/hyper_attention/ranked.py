@@ -14,6 +14,7 @@ with `origin` the members of lower ranks, less the tokens of that rank before th
 from typing import NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from lcattn.typing import Array, Int
@@ -62,9 +63,14 @@ def by_rank(
         jnp.where(edge[:, None] > 0, counts[stretch[edge - 1]], 0) for edge in (begin, end)
     )
 
-    in_order, order = lax.sort((ranks, token), num_keys=1)
+    # A radix sort passes over every bit of its keys: few of them take a GPU a third of the time.
+    in_order, order = lax.sort((_narrowed(ranks, num_ranks), token), num_keys=1)
     first = jnp.pad(jnp.cumsum(counts[-1]), (1, 0))
-    nth = jnp.zeros_like(token).at[order].set(token - first[in_order])
+    nth = jnp.zeros_like(token).at[order].set(token - first[in_order], unique_indices=True)
     counts = until - before
     below = jnp.cumsum(counts, axis=1) - counts
     return Ranked(counts, below, below - before, nth)
+
+
+def _narrowed(ranks: Int[Array, "T"], highest: int) -> Array:
+    return ranks.astype(np.min_scalar_type(highest))
