@@ -14,7 +14,7 @@ from lcattn.ops import (
     dispatch,
     sliding_window_plan,
 )
-from lcattn.ops.block_sparse_attention import kernel
+from lcattn.ops.block_sparse_attention import gpu_kernel
 from lcattn.ops.block_sparse_attention.entries import entries
 from lcattn.testing.plans import random_plan
 from pallas_kernels.block_sparse_attention import mosaic_gpu, phases
@@ -46,7 +46,7 @@ CASES = {
 
 @pytest.fixture
 def on_hopper(monkeypatch):
-    monkeypatch.setattr(kernel.dispatch, "on_hopper", lambda: True)
+    monkeypatch.setattr(gpu_kernel.dispatch, "on_hopper", lambda: True)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -70,7 +70,7 @@ def both(name):
     with pytest.MonkeyPatch.context() as patch:
         run = functools.partial(mosaic_gpu.block_sparse_attention, interpret=True, config=config)
         patch.setattr(mosaic_gpu, "block_sparse_attention", run)
-        patch.setattr(kernel.dispatch, "on_hopper", lambda: True)
+        patch.setattr(gpu_kernel.dispatch, "on_hopper", lambda: True)
         got = values_and_gradients("mosaic_gpu", scale, q, k, v, plan, g)
     wide = (x.astype(jnp.float32) for x in (q, k, v))
     want = values_and_gradients("reference", scale, *wide, plan, g.astype(jnp.float32))

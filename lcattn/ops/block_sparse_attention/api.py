@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from lcattn.errors import argument_error
 from lcattn.ops import checks, dispatch
-from lcattn.ops.block_sparse_attention import blockwise, columns, dense, kernel, tpu_kernel
+from lcattn.ops.block_sparse_attention import blockwise, columns, dense, gpu_kernel, tpu_kernel
 from lcattn.ops.block_sparse_attention.plan import BlockPlan
 from lcattn.ops.block_sparse_attention.validation import check_plan
 from lcattn.ops.merging import merge
@@ -135,7 +135,7 @@ dispatch.declare(
     "block_sparse_attention",
     {
         "mosaic_gpu": dispatch.Implementation(
-            _with_columns(kernel.attend), kernel.objection, kernel.pays
+            _with_columns(gpu_kernel.attend), gpu_kernel.objection, gpu_kernel.pays
         ),
         "mosaic_tpu": dispatch.Implementation(
             _with_columns(tpu_kernel.attend), tpu_kernel.objection, tpu_kernel.pays

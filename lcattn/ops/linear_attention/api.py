@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from lcattn.errors import argument_error
 from lcattn.ops import checks, dispatch
-from lcattn.ops.linear_attention import chunked, features, kernel, recurrent, step, tpu_kernel
+from lcattn.ops.linear_attention import chunked, features, gpu_kernel, recurrent, step, tpu_kernel
 from lcattn.ops.linear_attention.features import FeatureMap
 from lcattn.ops.linear_attention.state import (
     LinearAttentionState,
@@ -31,7 +31,9 @@ def _by_sums(attend: Callable) -> Callable:
 dispatch.declare(
     "linear_attention",
     {
-        "mosaic_gpu": dispatch.Implementation(kernel.attend, kernel.objection, kernel.pays),
+        "mosaic_gpu": dispatch.Implementation(
+            gpu_kernel.attend, gpu_kernel.objection, gpu_kernel.pays
+        ),
         "mosaic_tpu": dispatch.Implementation(
             tpu_kernel.attend, tpu_kernel.objection, dispatch.only_when_named
         ),

@@ -8,7 +8,7 @@ import numpy as np
 
 from lcattn.errors import argument_error
 from lcattn.ops import checks, dispatch, recurrence
-from lcattn.ops.neural_memory import chunked, kernel, reference, tpu_kernel
+from lcattn.ops.neural_memory import chunked, gpu_kernel, reference, tpu_kernel
 from lcattn.ops.neural_memory.network import Activation, resolve_activation
 from lcattn.ops.neural_memory.state import NeuralMemoryState, check_state, neural_memory_state
 from lcattn.typing import Array, Float, SegmentIds
@@ -22,7 +22,9 @@ DEEPEST = 4
 dispatch.declare(
     "neural_memory",
     {
-        "mosaic_gpu": dispatch.Implementation(kernel.attend, kernel.objection, kernel.pays),
+        "mosaic_gpu": dispatch.Implementation(
+            gpu_kernel.attend, gpu_kernel.objection, dispatch.only_when_named
+        ),
         "mosaic_tpu": dispatch.Implementation(
             tpu_kernel.attend, tpu_kernel.objection, dispatch.only_when_named
         ),

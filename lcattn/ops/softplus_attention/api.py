@@ -6,7 +6,7 @@ import jax.numpy as jnp
 
 from lcattn.errors import argument_error
 from lcattn.ops import checks, dispatch
-from lcattn.ops.softplus_attention import chunked, dense, kernel, step, tpu_kernel
+from lcattn.ops.softplus_attention import chunked, dense, gpu_kernel, step, tpu_kernel
 from lcattn.ops.softplus_attention.rows import Reweighting, Rows
 from lcattn.ops.visibility import visibility
 from lcattn.typing import Array, Float, Int, SegmentIds
@@ -14,7 +14,9 @@ from lcattn.typing import Array, Float, Int, SegmentIds
 dispatch.declare(
     "softplus_attention",
     {
-        "mosaic_gpu": dispatch.Implementation(kernel.attend, kernel.objection, kernel.pays),
+        "mosaic_gpu": dispatch.Implementation(
+            gpu_kernel.attend, gpu_kernel.objection, gpu_kernel.pays
+        ),
         "mosaic_tpu": dispatch.Implementation(
             tpu_kernel.attend, tpu_kernel.objection, dispatch.only_when_named
         ),

@@ -119,9 +119,3 @@ def objection(
         dtype=dtype, length=sizes.T, chunk=chunk,
         sizes=(sizes.F, *(x.shape[-1] for x in weights)),
     )  # fmt: skip
-
-
-def pays(**call) -> bool:
-    """Never unasked for now: walks and gradients have changed since an H200 ran them."""
-    del call
-    return False
