@@ -1,40 +1,21 @@
 """The kernel for Hopper GPUs, behind the op's contract."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
 from lcattn.ops import dispatch
 from lcattn.ops.checks import Sizes
-from lcattn.ops.linear_attention.features import FeatureMap, Similarity
-from lcattn.ops.linear_attention.kernel import attend_by
-from lcattn.ops.linear_attention.state import LinearAttentionState
+from lcattn.ops.linear_attention import kernel
+from lcattn.ops.linear_attention.features import FeatureMap
 from lcattn.typing import Array
 
 # The shortest length measured, and there the kernel takes half of XLA's time: benchmarks/h200.
 _PAYS_FROM = 1024
 
 
-def attend(
-    similarity: Similarity,
-    q: Array,
-    k: Array,
-    v: Array,
-    segment_ids: Array | None,
-    state: LinearAttentionState | None,
-    *,
-    normalize: bool,
-    causal: bool,
-    scale: float,
-    chunk_size: int,
-) -> tuple[Array, LinearAttentionState]:
-    """Outputs `[B,T,N,H]` and the final state, of a call that `objection` lets pass."""
-    from pallas_kernels.linear_attention import mosaic_gpu
-
-    del causal, chunk_size
-    return attend_by(
-        mosaic_gpu.linear_attention, similarity, q, k, v, segment_ids, state,
-        normalize=normalize, scale=scale,
-    )  # fmt: skip
+attend = functools.partial(kernel.attend, "mosaic_gpu")
 
 
 def objection(

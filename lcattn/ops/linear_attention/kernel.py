@@ -1,7 +1,6 @@
 """What kernels for GPUs and TPUs are given, and what they give."""
 
-from collections.abc import Callable
-from typing import Any
+import importlib
 
 import jax.numpy as jnp
 
@@ -10,8 +9,8 @@ from lcattn.ops.linear_attention.state import LinearAttentionState, checked
 from lcattn.typing import Array
 
 
-def attend_by(
-    run: Callable[..., tuple[Array, tuple[Array, Array | None]]],
+def attend(
+    backend: str,
     similarity: Similarity,
     q: Array,
     k: Array,
@@ -20,14 +19,19 @@ def attend_by(
     state: LinearAttentionState | None,
     *,
     normalize: bool,
-    **options: Any,
+    causal: bool,
+    scale: float,
+    chunk_size: int,
 ) -> tuple[Array, LinearAttentionState]:
-    """Attention by kernels `run`, whose state is a pair of arrays."""
+    """Outputs `[B,T,N,H]` and the final state, of a call that the backend's objection lets pass."""
+    del causal, chunk_size
+    # Imported where it can run: it takes longer to import than the rest of the ops.
+    kernels = importlib.import_module(f"pallas_kernels.linear_attention.{backend}")
     state = checked(state, normalize, similarity, k, v)
-    out, (kv, normalizer) = run(
+    out, (kv, normalizer) = kernels.linear_attention(
         q, k, v, None if state is None else (state.kv, state.normalizer), _documents(segment_ids),
         feature_map="taylor" if similarity is TAYLOR else "identity",
-        normalize=normalize, **options,
+        normalize=normalize, scale=scale,
     )  # fmt: skip
     return out, LinearAttentionState(kv=kv, normalizer=normalizer)
 

@@ -1,36 +1,16 @@
 """The kernels for TPUs, behind the op's contract."""
 
+import functools
+
 import jax.numpy as jnp
 
 from lcattn.ops import dispatch
 from lcattn.ops.checks import Sizes
-from lcattn.ops.linear_attention.features import FeatureMap, Similarity
-from lcattn.ops.linear_attention.kernel import attend_by
-from lcattn.ops.linear_attention.state import LinearAttentionState
+from lcattn.ops.linear_attention import kernel
+from lcattn.ops.linear_attention.features import FeatureMap
 from lcattn.typing import Array
 
-
-def attend(
-    similarity: Similarity,
-    q: Array,
-    k: Array,
-    v: Array,
-    segment_ids: Array | None,
-    state: LinearAttentionState | None,
-    *,
-    normalize: bool,
-    causal: bool,
-    scale: float,
-    chunk_size: int,
-) -> tuple[Array, LinearAttentionState]:
-    """Outputs `[B,T,N,H]` and the final state, of a call that `objection` lets pass."""
-    from pallas_kernels.linear_attention import mosaic_tpu
-
-    del causal, chunk_size
-    return attend_by(
-        mosaic_tpu.linear_attention, similarity, q, k, v, segment_ids, state,
-        normalize=normalize, scale=scale,
-    )  # fmt: skip
+attend = functools.partial(kernel.attend, "mosaic_tpu")
 
 
 def objection(

@@ -1,5 +1,6 @@
 """The kernels for Hopper GPUs, behind the op's contract."""
 
+import functools
 import math
 
 import jax
@@ -7,10 +8,7 @@ import jax.numpy as jnp
 
 from lcattn.ops import dispatch
 from lcattn.ops.checks import Sizes
-from lcattn.ops.softplus_attention.kernel import attend_by
-from lcattn.ops.softplus_attention.rows import Reweighting, Rows
-from lcattn.ops.visibility import Visibility
-from lcattn.typing import Array
+from lcattn.ops.softplus_attention import kernel
 
 # There the kernels take half of XLA's time; at 256 both take the same: benchmarks/h200.
 _PAYS_FROM = 1024
@@ -19,21 +17,7 @@ _PAYS_FROM = 1024
 _LARGEST_LENGTH_SCALE = 80.0
 
 
-def attend(
-    q: Array,
-    k: Array,
-    v: Array,
-    rows: Rows,
-    visibility: Visibility,
-    reweighting: Reweighting | None,
-    *,
-    is_packed: bool,
-) -> Array:
-    """Attention, of a call that `objection` lets pass."""
-    from pallas_kernels.softplus_attention import mosaic_gpu
-
-    run = mosaic_gpu.softplus_attention
-    return attend_by(run, q, k, v, rows, visibility, reweighting, is_packed=is_packed)
+attend = functools.partial(kernel.attend, "mosaic_gpu")
 
 
 def objection(

@@ -1,30 +1,14 @@
 """The kernels for TPUs, behind the op's contract."""
 
+import functools
+
 import jax.numpy as jnp
 
 from lcattn.ops import dispatch
 from lcattn.ops.checks import Sizes
-from lcattn.ops.softplus_attention.kernel import attend_by
-from lcattn.ops.softplus_attention.rows import Reweighting, Rows
-from lcattn.ops.visibility import Visibility
-from lcattn.typing import Array
+from lcattn.ops.softplus_attention import kernel
 
-
-def attend(
-    q: Array,
-    k: Array,
-    v: Array,
-    rows: Rows,
-    visibility: Visibility,
-    reweighting: Reweighting | None,
-    *,
-    is_packed: bool,
-) -> Array:
-    """Attention, of a call that `objection` lets pass."""
-    from pallas_kernels.softplus_attention import mosaic_tpu
-
-    run = mosaic_tpu.softplus_attention
-    return attend_by(run, q, k, v, rows, visibility, reweighting, is_packed=is_packed)
+attend = functools.partial(kernel.attend, "mosaic_tpu")
 
 
 def objection(
