@@ -155,7 +155,7 @@ def test_a_call_that_is_not_served_is_told_why(dtype, H, block, message, on_hopp
 def test_they_are_chosen_on_a_hopper_gpu_and_need_one(on_hopper, monkeypatch):
     q = jnp.ones((1, 64, 1, 64), jnp.bfloat16)
     table = dispatch.OPS["block_sparse_attention"]
-    call = {"sizes": kernel.Sizes(B=1, T=64, S=64, N=1, K=1, F=64, H=64), "dtype": q.dtype}
+    call = {"sizes": gpu_kernel.Sizes(B=1, T=64, S=64, N=1, K=1, F=64, H=64), "dtype": q.dtype}
     call["plan"] = causal_plan(64)
     assert table["mosaic_gpu"].objection(**call) is None
     for devices in (1, 2):
