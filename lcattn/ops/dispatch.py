@@ -19,6 +19,10 @@ class UnsupportedImplementationError(ValueError):
     """The named implementation exists, but cannot serve this call here; the message says why."""
 
 
+def _runs_anywhere() -> str | None:
+    return None
+
+
 def _serves_every_call(**call: Any) -> str | None:
     del call
 
@@ -45,15 +49,21 @@ class Implementation:
       run: the function that computes it.
       objection: given the call's description, says in words why `run` cannot serve it, or None.
       pays: given the same, whether `run` is worth taking unasked.
+      absence: says in words what machine `run` lacks here, or None; asked before `objection`.
     """
 
     run: Callable[..., Any]
     objection: Callable[..., str | None] = _serves_every_call
     pays: Callable[..., bool] = _always_pays
+    absence: Callable[[], str | None] = _runs_anywhere
+
+    def refusal(self, **call: Any) -> str | None:
+        """Why it cannot serve a call here, in words, or None."""
+        return self.absence() or self.objection(**call)
 
     def is_best(self, **call: Any) -> bool:
         """Whether to take it when no implementation is named, all better ones being ruled out."""
-        return self.objection(**call) is None and self.pays(**call)
+        return self.refusal(**call) is None and self.pays(**call)
 
 
 OPS: dict[str, Mapping[str, Implementation]] = {}
@@ -84,9 +94,9 @@ def choose(op: str, name: str | None, **call: Any) -> Callable[..., Any]:
         raise argument_error(
             "implementation", f"None or one of {sorted(table)} for {op}", repr(name)
         )
-    objection = table[name].objection(**call)
-    if objection is not None:
-        raise UnsupportedImplementationError(f"{op}: implementation {name!r} {objection}")
+    refusal = table[name].refusal(**call)
+    if refusal is not None:
+        raise UnsupportedImplementationError(f"{op}: implementation {name!r} {refusal}")
     return table[name].run
 
 
@@ -110,3 +120,13 @@ def on_hopper() -> bool:
     if default_platform() != "gpu":
         return False
     return getattr(jax.devices()[0], "compute_capability", None) == "9.0"
+
+
+def no_hopper() -> str | None:
+    """The `absence` of kernels for Hopper GPUs."""
+    return None if on_hopper() else "needs a Hopper GPU (compute capability 9.0)"
+
+
+def no_tpu() -> str | None:
+    """The `absence` of kernels for TPUs."""
+    return None if default_platform() == "tpu" else "needs a TPU"

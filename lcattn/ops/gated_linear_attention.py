@@ -200,8 +200,6 @@ def _by_kernels(run, q, k, v, log_decay, state):
 def _kernels_objection(*, sizes: checks.Sizes, dtype: jnp.dtype, **call) -> str | None:
     """Why the kernels cannot serve a call, in words."""
     del call
-    if not dispatch.on_hopper():
-        return "needs a Hopper GPU (compute capability 9.0)"
     # Imported where it can run: it takes longer to import than the rest of the ops.
     from pallas_kernels.gated_linear_attention import mosaic_gpu
 
@@ -211,8 +209,6 @@ def _kernels_objection(*, sizes: checks.Sizes, dtype: jnp.dtype, **call) -> str 
 def _tpu_objection(*, sizes: checks.Sizes, states: int, dtype: jnp.dtype, **call) -> str | None:
     """Why the kernels for TPUs cannot serve a call, in words."""
     del call
-    if dispatch.default_platform() != "tpu":
-        return "needs a TPU"
     from pallas_kernels.gated_linear_attention import mosaic_tpu
 
     return mosaic_tpu.objection(dtype=dtype, groups=sizes.N // states, F=sizes.F, H=sizes.H)
@@ -222,10 +218,10 @@ dispatch.declare(
     "gated_linear_attention",
     {
         "mosaic_gpu": dispatch.Implementation(
-            _kernels, _kernels_objection, dispatch.only_when_named
+            _kernels, _kernels_objection, dispatch.only_when_named, dispatch.no_hopper
         ),
         "mosaic_tpu": dispatch.Implementation(
-            _tpu_kernels, _tpu_objection, dispatch.only_when_named
+            _tpu_kernels, _tpu_objection, dispatch.only_when_named, dispatch.no_tpu
         ),
         "xla": dispatch.Implementation(_chunked),
         "reference": dispatch.Implementation(_token_by_token),

@@ -14,8 +14,8 @@ from lcattn.ops import (
     dispatch,
     sliding_window_plan,
 )
-from lcattn.ops.block_sparse_attention import gpu_kernel
 from lcattn.ops.block_sparse_attention.entries import entries
+from lcattn.ops.checks import Sizes
 from lcattn.testing.plans import random_plan
 from pallas_kernels.block_sparse_attention import mosaic_gpu, phases
 from pallas_kernels.block_sparse_attention.config import LaunchConfig, Walks, heuristic
@@ -46,7 +46,7 @@ CASES = {
 
 @pytest.fixture
 def on_hopper(monkeypatch):
-    monkeypatch.setattr(gpu_kernel.dispatch, "on_hopper", lambda: True)
+    monkeypatch.setattr(dispatch, "on_hopper", lambda: True)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -70,7 +70,7 @@ def both(name):
     with pytest.MonkeyPatch.context() as patch:
         run = functools.partial(mosaic_gpu.block_sparse_attention, interpret=True, config=config)
         patch.setattr(mosaic_gpu, "block_sparse_attention", run)
-        patch.setattr(gpu_kernel.dispatch, "on_hopper", lambda: True)
+        patch.setattr(dispatch, "on_hopper", lambda: True)
         got = values_and_gradients("mosaic_gpu", scale, q, k, v, plan, g)
     wide = (x.astype(jnp.float32) for x in (q, k, v))
     want = values_and_gradients("reference", scale, *wide, plan, g.astype(jnp.float32))
@@ -155,9 +155,9 @@ def test_a_call_that_is_not_served_is_told_why(dtype, H, block, message, on_hopp
 def test_they_are_chosen_on_a_hopper_gpu_and_need_one(on_hopper, monkeypatch):
     q = jnp.ones((1, 64, 1, 64), jnp.bfloat16)
     table = dispatch.OPS["block_sparse_attention"]
-    call = {"sizes": gpu_kernel.Sizes(B=1, T=64, S=64, N=1, K=1, F=64, H=64), "dtype": q.dtype}
+    call = {"sizes": Sizes(B=1, T=64, S=64, N=1, K=1, F=64, H=64), "dtype": q.dtype}
     call["plan"] = causal_plan(64)
-    assert table["mosaic_gpu"].objection(**call) is None
+    assert table["mosaic_gpu"].refusal(**call) is None
     for devices in (1, 2):
         monkeypatch.setattr(jax, "device_count", lambda: devices)  # noqa: B023
         assert table["mosaic_gpu"].is_best(**call) == (devices == 1)

@@ -8,8 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lcattn.ops import block_sparse_attention, sliding_window_plan
-from lcattn.ops.block_sparse_attention import tpu_kernel
+from lcattn.ops import block_sparse_attention, dispatch, sliding_window_plan
 from lcattn.testing.plans import random_plan
 from pallas_kernels.block_sparse_attention import items, mosaic_tpu
 from pallas_kernels.block_sparse_attention.config import TpuLaunchConfig, tpu_heuristic
@@ -22,7 +21,7 @@ def simulated(monkeypatch):
     """Makes the op run the kernels in the TPU simulator."""
     run = functools.partial(mosaic_tpu.block_sparse_attention, interpret=True)
     monkeypatch.setattr(mosaic_tpu, "block_sparse_attention", run)
-    monkeypatch.setattr(tpu_kernel.dispatch, "default_platform", lambda: "tpu")
+    monkeypatch.setattr(dispatch, "default_platform", lambda: "tpu")
 
 
 CASES = {
@@ -127,7 +126,7 @@ def test_launch_parameters():
 
 def test_gradients_lower_for_tpu(monkeypatch):
     monkeypatch.undo()
-    monkeypatch.setattr(tpu_kernel.dispatch, "default_platform", lambda: "tpu")
+    monkeypatch.setattr(dispatch, "default_platform", lambda: "tpu")
 
     def loss(q, k, v):
         plan = sliding_window_plan(4096, 1024, sinks=4)

@@ -8,8 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lcattn.ops import LinearAttentionState, linear_attention, linear_attention_state
-from lcattn.ops.linear_attention import tpu_kernel
+from lcattn.ops import LinearAttentionState, dispatch, linear_attention, linear_attention_state
 from pallas_kernels.linear_attention import mosaic_tpu
 from pallas_kernels.linear_attention.config import TpuLaunchConfig, tpu_heuristic
 
@@ -34,7 +33,7 @@ def simulated(monkeypatch):
         mosaic_tpu.linear_attention, config=TpuLaunchConfig(chunk=128), interpret=True
     )
     monkeypatch.setattr(mosaic_tpu, "linear_attention", run)
-    monkeypatch.setattr(tpu_kernel.dispatch, "default_platform", lambda: "tpu")
+    monkeypatch.setattr(dispatch, "default_platform", lambda: "tpu")
 
 
 def inputs(B, T, N, K, F, H, dtype, feature_map, size=1.0):
@@ -118,7 +117,7 @@ def test_one_token_without_a_state_gets_its_own_value():
 )
 def test_gradients_lower_for_tpu(F, H, feature_map, monkeypatch):
     monkeypatch.undo()
-    monkeypatch.setattr(tpu_kernel.dispatch, "default_platform", lambda: "tpu")
+    monkeypatch.setattr(dispatch, "default_platform", lambda: "tpu")
 
     def loss(q, k, v):
         out = linear_attention(q, k, v, feature_map=feature_map, implementation="mosaic_tpu")

@@ -8,15 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lcattn.ops import NeuralMemoryState, neural_memory
-from lcattn.ops.neural_memory import gpu_kernel
+from lcattn.ops import NeuralMemoryState, dispatch, neural_memory
 from pallas_kernels.neural_memory import gpu_activations, mosaic_gpu
 
 
 @pytest.fixture
 def on_a_simulated_gpu(monkeypatch):
     simulated = functools.partial(mosaic_gpu.neural_memory, interpret=True)
-    monkeypatch.setattr(gpu_kernel.dispatch, "on_hopper", lambda: True)
+    monkeypatch.setattr(dispatch, "on_hopper", lambda: True)
     monkeypatch.setattr(mosaic_gpu, "neural_memory", simulated)
 
 
@@ -104,7 +103,7 @@ def test_values_states_and_every_gradient_agree_with_the_xla_form(name, on_a_sim
 
 
 def test_gradients_lower_for_cuda(monkeypatch):
-    monkeypatch.setattr(gpu_kernel.dispatch, "on_hopper", lambda: True)
+    monkeypatch.setattr(dispatch, "on_hopper", lambda: True)
     shapes = jax.eval_shape(lambda: inputs(4, 8192, 4, 4, (256,)))
 
     def loss(arrays):
@@ -151,7 +150,7 @@ def test_the_op_says_what_the_kernels_need():
 
 
 def test_no_call_is_served_unasked(monkeypatch):
-    monkeypatch.setattr(gpu_kernel.dispatch, "on_hopper", lambda: True)
+    monkeypatch.setattr(dispatch, "on_hopper", lambda: True)
     monkeypatch.setattr(jax, "device_count", lambda: 1)
     arrays = jax.eval_shape(lambda: inputs(1, 8192, 1, 1, (64,)))
     text = str(jax.make_jaxpr(lambda x: neural_memory(**x))(arrays))

@@ -9,8 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lcattn.ops import NeuralMemoryState, neural_memory
-from lcattn.ops.neural_memory import tpu_kernel
+from lcattn.ops import NeuralMemoryState, dispatch, neural_memory
 from pallas_kernels.neural_memory import mosaic_tpu
 from pallas_kernels.neural_memory.config import VMEM_LIMIT, TpuLaunchConfig, tpu_heuristic
 
@@ -29,7 +28,7 @@ CASES = {
 
 @pytest.fixture(autouse=True)
 def on_a_tpu(monkeypatch):
-    monkeypatch.setattr(tpu_kernel.dispatch, "default_platform", lambda: "tpu")
+    monkeypatch.setattr(dispatch, "default_platform", lambda: "tpu")
 
 
 def inputs(B, T, N, K, sizes, dtype, chunk_size):

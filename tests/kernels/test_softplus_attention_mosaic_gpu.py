@@ -7,8 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lcattn.ops import softplus_attention
-from lcattn.ops.softplus_attention import gpu_kernel
+from lcattn.ops import dispatch, softplus_attention
 from lcattn.ops.visibility import visibility
 from pallas_kernels.softplus_attention import mosaic_gpu
 from pallas_kernels.softplus_attention.config import LaunchConfig
@@ -91,7 +90,7 @@ def simulated(monkeypatch):
         return run(*args, **options, config=SIMULATED, interpret=True)
 
     monkeypatch.setattr(mosaic_gpu, "softplus_attention", interpreted)
-    monkeypatch.setattr(gpu_kernel.dispatch, "on_hopper", lambda: True)
+    monkeypatch.setattr(dispatch, "on_hopper", lambda: True)
 
 
 def test_the_op_scales_and_packs_as_its_other_forms_do(simulated):
@@ -122,7 +121,7 @@ def test_a_flat_row_is_the_mean_of_the_values_and_its_gradients_are_finite(simul
     ids=str,
 )
 def test_gradients_lower_for_cuda(T, K, H, power, packed, monkeypatch):
-    monkeypatch.setattr(gpu_kernel.dispatch, "on_hopper", lambda: True)
+    monkeypatch.setattr(dispatch, "on_hopper", lambda: True)
 
     def loss(q, k, v, ids):
         out = softplus_attention(
@@ -149,7 +148,7 @@ def test_gradients_lower_for_cuda(T, K, H, power, packed, monkeypatch):
     ],
 )
 def test_a_call_that_is_not_served_is_told_why(change, message, monkeypatch):
-    monkeypatch.setattr(gpu_kernel.dispatch, "on_hopper", lambda: True)
+    monkeypatch.setattr(dispatch, "on_hopper", lambda: True)
     call = {"H": 64, "dtype": jnp.bfloat16, "power": 15.0} | change
     q = jnp.ones((1, 64, 1, call.pop("H")), call.pop("dtype"))
     with pytest.raises(ValueError, match=message):

@@ -8,8 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lcattn.ops import softplus_attention
-from lcattn.ops.softplus_attention import tpu_kernel
+from lcattn.ops import dispatch, softplus_attention
 from pallas_kernels.softplus_attention import mosaic_tpu
 from pallas_kernels.softplus_attention.config import TpuLaunchConfig, tpu_heuristic
 
@@ -31,7 +30,7 @@ def simulated(monkeypatch):
         mosaic_tpu.softplus_attention, config=TpuLaunchConfig(block=128), interpret=True
     )
     monkeypatch.setattr(mosaic_tpu, "softplus_attention", run)
-    monkeypatch.setattr(tpu_kernel.dispatch, "default_platform", lambda: "tpu")
+    monkeypatch.setattr(dispatch, "default_platform", lambda: "tpu")
 
 
 def inputs(B, T, N, K, F, H, dtype, size=1.0):
@@ -110,7 +109,7 @@ def test_one_token_gets_its_own_value():
 )
 def test_gradients_lower_for_tpu(power, packed, kernels, monkeypatch):
     monkeypatch.undo()
-    monkeypatch.setattr(tpu_kernel.dispatch, "default_platform", lambda: "tpu")
+    monkeypatch.setattr(dispatch, "default_platform", lambda: "tpu")
 
     def loss(q, k, v, ids):
         out = softplus_attention(

@@ -135,10 +135,13 @@ dispatch.declare(
     "block_sparse_attention",
     {
         "mosaic_gpu": dispatch.Implementation(
-            _with_columns(gpu_kernel.attend), gpu_kernel.objection, gpu_kernel.pays
+            _with_columns(gpu_kernel.attend),
+            gpu_kernel.objection,
+            gpu_kernel.pays,
+            dispatch.no_hopper,
         ),
         "mosaic_tpu": dispatch.Implementation(
-            _with_columns(tpu_kernel.attend), tpu_kernel.objection, tpu_kernel.pays
+            _with_columns(tpu_kernel.attend), tpu_kernel.objection, tpu_kernel.pays, dispatch.no_tpu
         ),
         "xla": dispatch.Implementation(_with_columns(blockwise.attend)),
         "reference": dispatch.Implementation(dense.reference),

@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lcattn.ops import dispatch
 from lcattn.ops.block_sparse_attention.entries import entries
 from lcattn.ops.block_sparse_attention.plan import BlockPlan, common
 from lcattn.ops.checks import Sizes
@@ -98,8 +97,6 @@ def _at_once(
 
 def objection(*, sizes: Sizes, dtype: jnp.dtype, plan: BlockPlan) -> str | None:
     """Why the kernels cannot serve a call, in words."""
-    if dispatch.default_platform() != "tpu":
-        return "needs a TPU"
     # Imported where it can run: it takes longer to import than the rest of the ops.
     from pallas_kernels.block_sparse_attention import mosaic_tpu
 

@@ -32,10 +32,10 @@ dispatch.declare(
     "linear_attention",
     {
         "mosaic_gpu": dispatch.Implementation(
-            gpu_kernel.attend, gpu_kernel.objection, gpu_kernel.pays
+            gpu_kernel.attend, gpu_kernel.objection, gpu_kernel.pays, dispatch.no_hopper
         ),
         "mosaic_tpu": dispatch.Implementation(
-            tpu_kernel.attend, tpu_kernel.objection, dispatch.only_when_named
+            tpu_kernel.attend, tpu_kernel.objection, dispatch.only_when_named, dispatch.no_tpu
         ),
         "step": dispatch.Implementation(step.attend, step.objection),
         "xla": dispatch.Implementation(_by_sums(chunked.attend)),

@@ -5,7 +5,6 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from lcattn.ops import dispatch
 from lcattn.ops.checks import Sizes
 from lcattn.ops.linear_attention import kernel
 from lcattn.ops.linear_attention.features import FeatureMap
@@ -31,8 +30,6 @@ def objection(
 ) -> str | None:
     """Why the kernel cannot serve a call, in words."""
     del normalize, segment_ids, chunk_size
-    if not dispatch.on_hopper():
-        return "needs a Hopper GPU (compute capability 9.0)"
     if not causal:
         return "is causal"
     if not isinstance(feature_map, str):

@@ -4,7 +4,6 @@ import functools
 
 import jax.numpy as jnp
 
-from lcattn.ops import dispatch
 from lcattn.ops.checks import Sizes
 from lcattn.ops.linear_attention import kernel
 from lcattn.ops.linear_attention.features import FeatureMap
@@ -26,8 +25,6 @@ def objection(
 ) -> str | None:
     """Why the kernels cannot serve a call, in words."""
     del normalize, segment_ids, scale, chunk_size
-    if dispatch.default_platform() != "tpu":
-        return "needs a TPU"
     if not causal:
         return "is causal"
     if not isinstance(feature_map, str):

@@ -23,10 +23,10 @@ dispatch.declare(
     "neural_memory",
     {
         "mosaic_gpu": dispatch.Implementation(
-            gpu_kernel.attend, gpu_kernel.objection, dispatch.only_when_named
+            gpu_kernel.attend, gpu_kernel.objection, dispatch.only_when_named, dispatch.no_hopper
         ),
         "mosaic_tpu": dispatch.Implementation(
-            tpu_kernel.attend, tpu_kernel.objection, dispatch.only_when_named
+            tpu_kernel.attend, tpu_kernel.objection, dispatch.only_when_named, dispatch.no_tpu
         ),
         "xla": dispatch.Implementation(chunked.attend),
         "reference": dispatch.Implementation(reference.attend),

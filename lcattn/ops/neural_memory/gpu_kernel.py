@@ -4,7 +4,6 @@ from collections.abc import Callable, Sequence
 
 import jax.numpy as jnp
 
-from lcattn.ops import dispatch
 from lcattn.ops.checks import Sizes
 from lcattn.ops.neural_memory import chunked
 from lcattn.ops.neural_memory.chunked import Tokens
@@ -108,8 +107,6 @@ def objection(
 ) -> str | None:
     """Why the kernels cannot serve a call, in words."""
     del other
-    if not dispatch.on_hopper():
-        return "needs a Hopper GPU (compute capability 9.0)"
     if not isinstance(activation, str):
         return "knows no activation but those with names"
     # Imported where it can run: it takes longer to import than the rest of the ops.

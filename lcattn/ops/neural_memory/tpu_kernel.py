@@ -5,7 +5,6 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 
-from lcattn.ops import dispatch
 from lcattn.ops.checks import Sizes
 from lcattn.ops.neural_memory.chunked import Tokens
 from lcattn.ops.neural_memory.network import Activation
@@ -101,8 +100,6 @@ def objection(
 ) -> str | None:
     """Why the kernels cannot serve a call, in words."""
     del other
-    if dispatch.default_platform() != "tpu":
-        return "needs a TPU"
     if not isinstance(activation, str):
         return "knows no activation but those with names"
     # Imported where it can run: it takes longer to import than the rest of the ops.

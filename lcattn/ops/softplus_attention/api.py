@@ -15,10 +15,10 @@ dispatch.declare(
     "softplus_attention",
     {
         "mosaic_gpu": dispatch.Implementation(
-            gpu_kernel.attend, gpu_kernel.objection, gpu_kernel.pays
+            gpu_kernel.attend, gpu_kernel.objection, gpu_kernel.pays, dispatch.no_hopper
         ),
         "mosaic_tpu": dispatch.Implementation(
-            tpu_kernel.attend, tpu_kernel.objection, dispatch.only_when_named
+            tpu_kernel.attend, tpu_kernel.objection, dispatch.only_when_named, dispatch.no_tpu
         ),
         "step": dispatch.Implementation(step.attend, step.objection, step.pays),
         "xla": dispatch.Implementation(chunked.attend),
@@ -90,8 +90,8 @@ def softplus_attention(
       implementation: "mosaic_gpu" (Hopper GPUs; causal, bfloat16, F = H = 64 or 128, whole powers),
         "mosaic_tpu" (TPUs; causal, bfloat16 or float32, whole powers), "step" (one query), "xla"
         (blocks), "reference" (the definition, T·S memory), or None: the kernels for GPUs where
-        they serve and win; those for TPUs run only when named. Over several
-        devices the kernels belong inside `jax.shard_map(..., check_vma=False)`.
+        they serve and win; those for TPUs run only when named. Over several devices the
+        kernels belong inside `jax.shard_map(..., check_vma=False)`.
 
     Returns:
       `[B,T,N,H]`.

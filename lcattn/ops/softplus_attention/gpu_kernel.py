@@ -6,7 +6,6 @@ import math
 import jax
 import jax.numpy as jnp
 
-from lcattn.ops import dispatch
 from lcattn.ops.checks import Sizes
 from lcattn.ops.softplus_attention import kernel
 
@@ -30,8 +29,6 @@ def objection(
     power: float | None,
 ) -> str | None:
     """Why the kernels cannot serve a call, in words."""
-    if not dispatch.on_hopper():
-        return "needs a Hopper GPU (compute capability 9.0)"
     if not causal:
         return "is causal"
     if not is_aligned:

@@ -4,7 +4,6 @@ import functools
 
 import jax.numpy as jnp
 
-from lcattn.ops import dispatch
 from lcattn.ops.checks import Sizes
 from lcattn.ops.softplus_attention import kernel
 
@@ -22,8 +21,6 @@ def objection(
 ) -> str | None:
     """Why the kernels cannot serve a call, in words."""
     del scale
-    if dispatch.default_platform() != "tpu":
-        return "needs a TPU"
     if not causal:
         return "is causal"
     if not is_aligned:
