@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from lcattn.errors import argument_error
-from lcattn.ops import blocks, checks, dispatch
+from lcattn.ops import blocks, checks, dispatch, sharding
 from lcattn.ops.block_sparse_attention import visible
 from lcattn.ops.hyper_attention import block_sparse, blockwise, dense
 from lcattn.ops.hyper_attention.draws import Draws, draw
@@ -133,17 +133,21 @@ def hyper_attention(
             implementation=implementation,
         )  # fmt: skip
 
-    drawn = draw(rng, planes, sizes=sizes, num_projections=num_projections)
-    cuts = {"min_seq_len": min_seq_len, "block_size": block_size}
-    if causal:
-        groups, bounds = causal_groups(sizes.S, segment_ids, **cuts)
-    else:
-        groups, bounds = document_groups(sizes.T, sizes.S, segment_ids, **cuts)
-    most, r = most_projections(min_seq_len), drawn.planes.shape[1]
-    if r > most:
-        raise argument_error("num_projections", f"at most {most}, by min_seq_len={min_seq_len}", r)
-    leaf = min_seq_len if causal and segment_ids is None else None
-    out, lse = run(q, k, v, drawn, groups, bounds, leaf, options)
+    def estimate(q, k, v, planes, segment_ids, rng):
+        drawn = draw(rng, planes, sizes=sizes, num_projections=num_projections)
+        most, r = most_projections(min_seq_len), drawn.planes.shape[1]
+        if r > most:
+            expected = f"at most {most}, by min_seq_len={min_seq_len}"
+            raise argument_error("num_projections", expected, r)
+        cuts = {"min_seq_len": min_seq_len, "block_size": block_size}
+        if causal:
+            groups, bounds = causal_groups(sizes.S, segment_ids, **cuts)
+        else:
+            groups, bounds = document_groups(sizes.T, sizes.S, segment_ids, **cuts)
+        leaf = min_seq_len if causal and segment_ids is None else None
+        return run(q, k, v, drawn, groups, bounds, leaf, options)
+
+    out, lse = sharding.like_queries(estimate)(q, k, v, planes, segment_ids, rng)
     return (out.astype(q.dtype), lse) if return_lse else out.astype(q.dtype)
 
 
