@@ -55,8 +55,13 @@ def by_rank(
     token = jnp.arange(len(ranks), dtype=jnp.int32)
     is_member = jnp.any(groups < num_groups, axis=0)
     ranks = jnp.where(is_member, ranks, num_ranks)
-    end = jnp.zeros(num_groups, jnp.int32).at[groups].max(token + 1, mode="drop")
-    begin = jnp.full(num_groups, len(token), jnp.int32).at[groups].min(token, mode="drop")
+    # Tokens beside one of another group are enough.
+    around = jnp.pad(groups, ((0, 0), (1, 1)), constant_values=num_groups)
+    firsts, lasts = (
+        jnp.where(groups != beside, groups, num_groups) for beside in (around[:, :-2], around[:, 2:])
+    )
+    begin = jnp.full(num_groups, len(token), jnp.int32).at[firsts].min(token, mode="drop")
+    end = jnp.zeros(num_groups, jnp.int32).at[lasts].max(token + 1, mode="drop")
     begin = jnp.minimum(begin, end)  # of groups that have no members
     # Members of each rank between neighbouring edges, then before each edge.
     edges = jnp.concatenate([begin, end, jnp.arange(0, len(token), _STRETCH, jnp.int32)])
