@@ -10,7 +10,7 @@ from lcattn.ops.linear_attention import kernel
 from lcattn.ops.linear_attention.features import FeatureMap
 from lcattn.typing import Array
 
-# The shortest length measured; forward and backward, the kernels take a quarter of XLA's time there:
+# The shortest length measured, and there, with gradients, the kernels take a quarter of XLA's time:
 # benchmarks/h200.
 _PAYS_FROM = 256
 
