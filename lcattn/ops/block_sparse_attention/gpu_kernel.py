@@ -23,12 +23,21 @@ def attend(
 
 def objection(*, sizes: Sizes, dtype: jnp.dtype, plan: BlockPlan) -> str | None:
     """Why the kernels cannot serve a call, in words."""
+    return objection_to_blocks(
+        sizes=sizes, dtype=dtype, query_block=plan.query_block, key_block=plan.key_block
+    )
+
+
+def objection_to_blocks(
+    *, sizes: Sizes, dtype: jnp.dtype, query_block: int, key_block: int
+) -> str | None:
+    """Why they cannot serve a call with a plan of such blocks, in words."""
     # Imported where it can run: it takes longer to import than the rest of the ops.
     from pallas_kernels.block_sparse_attention import mosaic_gpu
 
     return mosaic_gpu.objection(
         dtype=dtype, B=sizes.B, N=sizes.N, F=sizes.F, H=sizes.H,
-        query_block=plan.query_block, key_block=plan.key_block,
+        query_block=query_block, key_block=key_block,
     )  # fmt: skip
 
 
