@@ -26,8 +26,6 @@ from benchmarks.kernels import BANDWIDTH, poison, save, times
 from lcattn import ops
 from lcattn.ops.linear_attention.features import FeatureMap
 
-_STEPS = 32  # of linear attention in one program, which carries its state from one to the next
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Linear:
@@ -38,6 +36,8 @@ class Linear:
       F, H: sizes of keys and values.
       B: streams.
       N: heads.
+      steps: of one call. Several are a loop, whose counter, slices and writes of outputs are
+        kernels too; one is the step alone.
     """
 
     feature_map: FeatureMap
@@ -45,22 +45,25 @@ class Linear:
     H: int
     B: int
     N: int = 16
+    steps: int = 128
 
     @property
     def name(self) -> str:
         """As the table spells it."""
-        return f"linear, {self.feature_map}, N={self.N} F={self.F} H={self.H}, B={self.B}"
-
-    steps = _STEPS
+        loop = "" if self.steps == 1 else f", loop of {self.steps}"
+        sizes = f"N={self.N} F={self.F} H={self.H}, B={self.B}"
+        return f"linear, {self.feature_map}, {sizes}{loop}"
 
     def inputs(self, seed) -> tuple[Any, ...]:
         """A state, and the tokens that continue it."""
         state = ops.linear_attention_state(
             self.B, self.N, self.F, self.H, feature_map=self.feature_map
         )
-        sizes = self.F, self.F, self.H
-        tokens = (normal(seed, i, (self.B, _STEPS, self.N, size)) for i, size in enumerate(sizes))
-        return state, *tokens
+        state = dataclasses.replace(state, kv=normal(seed, 3, state.kv.shape).astype(jnp.float32))
+        if state.normalizer is not None:  # as of 100 keys of zeros: far from 0 for every query
+            state = dataclasses.replace(state, normalizer=state.normalizer.at[..., 0].set(100))
+        shapes = ((self.B, self.steps, self.N, size) for size in (self.F, self.F, self.H))
+        return state, *(normal(seed, i, shape) for i, shape in enumerate(shapes))
 
     def run(self, state, q, k, v):
         """Outputs of all steps, and the last state."""
@@ -146,6 +149,8 @@ class Attention:
 
 
 Case = Linear | Attention
+_TAYLOR: dict[str, Any] = {"feature_map": "taylor", "F": 16, "H": 64}
+_IDENTITY: dict[str, Any] = {"feature_map": "identity", "F": 128, "H": 128}
 
 
 def cases(size: str) -> Iterator[Case]:
@@ -153,8 +158,10 @@ def cases(size: str) -> Iterator[Case]:
     tiny = size == "tiny"
     slots = 64 if tiny else 4096
     for B in (2,) if tiny else (64, 128, 1, 16):
-        yield Linear(feature_map="taylor", F=16, H=64, B=B)
-        yield Linear(feature_map="identity", F=128, H=128, B=B)
+        for kind in (_TAYLOR, _IDENTITY):
+            yield Linear(**kind, B=B)
+            if B in (2, 64):
+                yield Linear(**kind, B=B, steps=1)
         if B in (2, 64, 1):
             yield Attention(op="softplus_attention", B=B, S=slots, N=16, K=16, H=128)
             yield Attention(op="softplus_attention", B=B, S=slots, N=32, K=8, H=128)

@@ -102,6 +102,7 @@ CASES = [
     Case(**_LONG, by_head=True),
     Case(**_LONG, strength=8.0, compare_xla=False),
     Case(B=1, T=1024),
+    Case(B=1, T=256),
 ]
 _SHORT: dict[str, Any] = {"B": 1, "T": 1000, "N": 4, "M": 2}
 CHECKS = [

@@ -49,6 +49,7 @@ class Case:
     Attributes:
       op: its name in `lcattn.ops`.
       options: of the call.
+      documents: as many of about one length are packed into the row; None for no segment_ids.
       T, N, H: tokens, heads and their size.
       goal: milliseconds to reach, forward, and forward and backward; None for none.
       times_exact: or how many times faster than cuDNN to be instead.
@@ -61,6 +62,7 @@ class Case:
     T: int
     N: int
     H: int
+    documents: int | None = None
     goal: tuple[float | None, float | None] = (None, None)
     times_exact: tuple[float | None, float | None] = (None, None)
     short: int | None = 16384
@@ -69,8 +71,11 @@ class Case:
     @property
     def name(self) -> str:
         """As tables spell it."""
-        options = " ".join(f"{k}={v}" for k, v in self.options.items())
-        return f"{self.op} {options} T={self.T} N={self.N} H={self.H}"
+        options = dict(self.options)
+        if self.documents is not None:
+            options["documents"] = self.documents
+        options |= {"T": self.T, "N": self.N, "H": self.H}
+        return " ".join([self.op, *(f"{k}={v}" for k, v in options.items())])
 
     @property
     def is_causal(self) -> bool:
@@ -88,6 +93,8 @@ class Case:
         call = functools.partial(
             getattr(ops, self.op), **self.options, implementation=implementation
         )
+        if self.documents is not None:
+            return functools.partial(_packed, call, self.documents)
         if self.op == "hyper_attention":
             return functools.partial(call, rng=jax.random.key(1))
         if self.op == "routing_attention":
@@ -149,6 +156,12 @@ def _routed(call: Form, size: int, q: jax.Array, v: jax.Array) -> jax.Array:
     count = max(q.shape[1] // size, 1)
     centroids = jax.random.normal(jax.random.key(2), (q.shape[2], count, q.shape[3]))
     return call(q, v, centroids)
+
+
+def _packed(call: Form, documents: int, q: jax.Array, *rest: jax.Array) -> jax.Array:
+    """With documents that do not end where blocks do."""
+    ids = jnp.arange(q.shape[1]) * documents // q.shape[1]
+    return call(q, *rest, segment_ids=jnp.broadcast_to(ids, q.shape[:2]))
 
 
 def compiled(form: Form, arrays: tuple[jax.Array, ...], *, backward: bool):
@@ -226,7 +239,19 @@ def summary(case: Case, row: dict[str, Any]) -> list[str]:
     return lines
 
 
-HYPER = {"op": "hyper_attention", "N": 32, "H": 64}
+HYPER: dict[str, Any] = {"op": "hyper_attention", "N": 32, "H": 64}
+CORES: dict[str, Any] = {
+    "op": "core_context_attention", "options": {"group_size": 16, "window": 1024}, "N": 16, "H": 128
+}  # fmt: skip
+ROUTING: dict[str, Any] = {
+    "op": "routing_attention", "options": {"cluster_size": 256}, "N": 16, "H": 64
+}  # fmt: skip
+WINDOW: dict[str, Any] = {
+    "op": "softmax_attention", "options": {"window": 1024, "sinks": 4}, "N": 16, "H": 128
+}  # fmt: skip
+PACKED: dict[str, Any] = {
+    "op": "softmax_attention", "options": {}, "documents": 13, "N": 16, "H": 128
+}  # fmt: skip
 CASES = {
     "hyper": Case(
         **HYPER, options={"causal": True}, T=131072, goal=(20, 60), peers=("cudnn_exact", "xla")
@@ -236,17 +261,18 @@ CASES = {
     ),
     "hyper_16384": Case(**HYPER, options={"causal": True}, T=16384, times_exact=(1, 1), short=None),
     "cores": Case(
-        op="core_context_attention", options={"group_size": 16, "window": 1024}, T=131072, N=16,
-        H=128, times_exact=(8, None), short=8192, peers=("cudnn_exact", "xla"),
+        **CORES, T=131072, times_exact=(8, None), short=8192, peers=("cudnn_exact", "xla")
     ),
     "routing": Case(
-        op="routing_attention", options={"cluster_size": 256}, T=65536, N=16, H=64,
-        times_exact=(None, 6), short=8192, peers=("cudnn_exact", "xla"),
+        **ROUTING, T=65536, times_exact=(None, 6), short=8192, peers=("cudnn_exact", "xla")
     ),
-    "window": Case(
-        op="softmax_attention", options={"window": 1024, "sinks": 4}, T=131072, N=16, H=128,
-        short=8192, peers=("xla",),
-    ),
+    "window": Case(**WINDOW, T=131072, short=8192, peers=("xla",)),
+    "packed": Case(**PACKED, T=32768, short=8192, peers=("xla",)),
+    # From which length on a plan is the better choice.
+    "cores_4096": Case(**CORES, T=4096, short=None, peers=("xla",)),
+    "routing_4096": Case(**ROUTING, T=4096, short=None, peers=("xla",)),
+    "window_4096": Case(**WINDOW, T=4096, short=None, peers=("xla",)),
+    "packed_4096": Case(**PACKED, T=4096, short=None, peers=("xla",)),
 }  # fmt: skip
 
 

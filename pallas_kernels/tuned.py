@@ -1,8 +1,8 @@
 """Launch parameters that were the fastest where they were measured, one table a kernel.
 
 Tables lie in `pallas_kernels/tables`, where `python -m benchmarks.tune KERNEL` on one GPU writes
-them; none has been kept so far. A call finds the entry whose sizes are its own, each rounded to a
-power of two; other calls keep to the kernel's formula.
+them. A call finds the entry whose sizes are its own, each rounded to a power of two; other calls
+keep to the kernel's formula.
 """
 
 import contextlib

@@ -18,6 +18,9 @@ from lcattn.ops.decay import (
 from lcattn.ops.triangular import halves, merge
 from lcattn.typing import Array, Float, SegmentIds
 
+# The shortest length measured, and there the kernels take a quarter of XLA's time: benchmarks/h200.
+_KERNELS_PAY_FROM = 256
+
 
 def gated_linear_attention(
     q: Float[Array, "B T N F"],
@@ -206,6 +209,16 @@ def _kernels_objection(*, sizes: checks.Sizes, dtype: jnp.dtype, **call) -> str 
     return mosaic_gpu.objection(dtype=dtype, F=sizes.F, H=sizes.H)
 
 
+def _kernels_pay(*, sizes: checks.Sizes, chunk_size: int | None, **call) -> bool:
+    """Whether the kernels are the better choice where they can serve.
+
+    They walk chunks of their own size, and compilers cannot partition them: over several devices
+    they belong inside `shard_map`, and only who writes that can tell.
+    """
+    del call
+    return sizes.T >= _KERNELS_PAY_FROM and chunk_size is None and jax.device_count() == 1
+
+
 def _tpu_objection(*, sizes: checks.Sizes, states: int, dtype: jnp.dtype, **call) -> str | None:
     """Why the kernels for TPUs cannot serve a call, in words."""
     del call
@@ -218,7 +231,7 @@ dispatch.declare(
     "gated_linear_attention",
     {
         "mosaic_gpu": dispatch.Implementation(
-            _kernels, _kernels_objection, dispatch.only_when_named, dispatch.no_hopper
+            _kernels, _kernels_objection, _kernels_pay, dispatch.no_hopper
         ),
         "mosaic_tpu": dispatch.Implementation(
             _tpu_kernels, _tpu_objection, dispatch.only_when_named, dispatch.no_tpu

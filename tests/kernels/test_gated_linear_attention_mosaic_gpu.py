@@ -129,17 +129,21 @@ def test_a_call_that_is_not_served_is_told_why(dtype, size, message):
         kernel(x, x, x, -x, scale=1.0)
 
 
-def test_the_kernels_serve_only_when_named(monkeypatch):
+def test_the_kernels_run_unasked_from_the_shortest_length_that_was_timed(monkeypatch):
     monkeypatch.setattr(dispatch, "on_hopper", lambda: True)
     monkeypatch.setattr(jax, "device_count", lambda: 1)
-    q = jnp.ones((1, 1024, 1, 128), jnp.bfloat16)
 
-    def is_served(implementation):
-        run = functools.partial(gated_linear_attention, implementation=implementation)
-        return "gated_linear_attention_outputs" in str(jax.make_jaxpr(run)(q, q, q, -q))
+    def takes_them(T, **options):
+        q = jax.ShapeDtypeStruct((1, T, 1, 128), jnp.bfloat16)
+        run = functools.partial(gated_linear_attention, **options)
+        return "gated_linear_attention_outputs" in str(jax.make_jaxpr(run)(q, q, q, q))
 
-    assert is_served("mosaic_gpu")
-    assert not is_served(None)
+    assert takes_them(256)
+    assert not takes_them(128)
+    assert takes_them(128, implementation="mosaic_gpu")
+    assert not takes_them(256, chunk_size=32)
+    monkeypatch.setattr(jax, "device_count", lambda: 8)
+    assert not takes_them(256)
 
 
 def test_the_op_says_what_the_kernels_need():

@@ -25,7 +25,6 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 
-from lcattn.ops import dispatch
 from lcattn.ops.block_sparse_attention import BlockPlan, block_sparse_part, gpu_kernel
 from lcattn.ops.block_sparse_attention.plan import BLOCK
 from lcattn.ops.block_sparse_attention.tiles import whole_blocks
@@ -108,10 +107,9 @@ def pays(*, sizes: Sizes, dtype: jnp.dtype, query_block: int, key_block: int) ->
 
     They took a fifth of the time of chunks in plain JAX; no other kernels have been measured.
     """
-    refusal = dispatch.no_hopper() or gpu_kernel.objection_to_blocks(
+    return sizes.T >= _PAYS_FROM and gpu_kernel.runs_blocks(
         sizes=sizes, dtype=dtype, query_block=query_block, key_block=key_block
     )
-    return sizes.T >= _PAYS_FROM and refusal is None and gpu_kernel.pays()
 
 
 def key_block(options: Options) -> int:

@@ -6,6 +6,7 @@ from jax import lax
 from lcattn.ops.checks import accumulation_dtype
 from lcattn.typing import Array, Float, Int
 
+
 def most_projections(min_seq_len: int) -> int:
     """The most hyperplanes: 7 as published, or no more buckets than the smallest group has keys.
 
