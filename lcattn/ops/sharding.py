@@ -20,6 +20,7 @@ def like_queries(attend: Callable[..., tuple[Array, Array]]) -> Callable[..., tu
         if AxisType.Explicit not in sharding.mesh.axis_types:
             return attend(q, *rest)
         out, lse = sharding.spec, PartitionSpec(*sharding.spec[:3])
-        return jax.sharding.auto_axes(attend, out_sharding=(out, lse))(q, *rest)
+        partitioned: Any = jax.sharding.auto_axes(attend, out_sharding=(out, lse))
+        return partitioned(q, *rest)
 
     return run

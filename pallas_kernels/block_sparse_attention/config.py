@@ -75,9 +75,10 @@ def heuristic(
 
     Steps are the widest that divide blocks; those of 128 spill in the gradients' kernels at
     H = 128. In trials on an H200, at H = 128 with long lists no other widths and stages were faster
-    by more than 1 %; at H = 64 with causal lists of up to 32, wide steps took 6 % off the kernel of
-    d k and d v and 12 % off that of d q, more stages 4 % off the forward kernel. Several short
-    lists a CTA there took 4 %.
+    by more than 1 %. At H = 64 with causal lists of up to 32, wide steps took 13 % off the kernel
+    of d q and 6 % or more off that of d k and d v, though it spills some 40 bytes; more stages, for
+    steps that are short against the latency of a copy, took 4 % off the forward kernel, and two
+    lists a CTA 4 %. With lists of four, four a CTA were the fastest in all three.
 
     Args:
       H: size of heads.

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from compiled import ops
+from jax.sharding import AxisType, PartitionSpec
 
 from lcattn.ops import hyper_attention
 from lcattn.ops.checks import check_heads
@@ -295,3 +296,21 @@ def test_causal_queries_are_the_keys():
     q, k, v = _draw()
     with pytest.raises(ValueError, match="q: expected T=23 queries, as many as keys, when causal"):
         attend(q[:, :9], k, v)
+
+
+@pytest.mark.parametrize("implementation", ["xla", "block_sparse"])
+def test_axes_of_a_mesh_may_be_explicit(implementation):
+    """Results are sharded as queries are, whatever the steps in between."""
+    mesh = jax.make_mesh((2,), ("data",), (AxisType.Explicit,), devices=jax.devices()[:2])
+    rows = jax.NamedSharding(mesh, PartitionSpec("data"))
+    x = jax.ShapeDtypeStruct((2, 20, 2, 4), jnp.float32, sharding=rows)
+    ids = jax.ShapeDtypeStruct((2, 20), jnp.int32, sharding=rows)
+    rng = jax.ShapeDtypeStruct((2,), jnp.uint32)
+
+    def call(x, ids, rng):
+        options = SMALL | {"return_lse": True, "implementation": implementation}
+        return hyper_attention(x, x, x, segment_ids=ids, rng=rng, **options)
+
+    with jax.set_mesh(mesh):
+        for found in jax.eval_shape(call, x, ids, rng):
+            assert found.sharding.spec[0] == "data"

@@ -58,7 +58,8 @@ def by_rank(
     # Tokens beside one of another group are enough.
     around = jnp.pad(groups, ((0, 0), (1, 1)), constant_values=num_groups)
     firsts, lasts = (
-        jnp.where(groups != beside, groups, num_groups) for beside in (around[:, :-2], around[:, 2:])
+        jnp.where(groups != beside, groups, num_groups)
+        for beside in (around[:, :-2], around[:, 2:])
     )
     begin = jnp.full(num_groups, len(token), jnp.int32).at[firsts].min(token, mode="drop")
     end = jnp.zeros(num_groups, jnp.int32).at[lasts].max(token + 1, mode="drop")
