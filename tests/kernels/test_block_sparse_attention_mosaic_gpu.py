@@ -167,10 +167,14 @@ def test_they_are_chosen_on_a_hopper_gpu_and_need_one(on_hopper, monkeypatch):
 
 
 def test_launch_parameters():
-    assert (
-        heuristic(H=64, query_block=64, key_block=64, readers=Walks(1, 1), keys=Walks(1, 1)).width
-        == 64
-    )
+    for H, query_block, key_block, widths in (
+        (64, 64, 128, (128, 128, 64)), (64, 128, 64, (64, 64, 128)), (128, 128, 128, (128, 64, 64)),
+    ):  # fmt: skip
+        config = heuristic(
+            H=H, query_block=query_block, key_block=key_block, readers=Walks(1, 1), keys=Walks(1, 1)
+        )
+        found = config.width, config.query_gradient_width, config.key_gradient_width
+        assert found == widths
     with pytest.raises(ValueError, match=r"LaunchConfig.stages: expected one of \(2, 3, 4\)"):
         LaunchConfig(stages=5)
     q = jnp.ones((1, 64, 1, 64), jnp.bfloat16)
