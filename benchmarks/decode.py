@@ -45,7 +45,7 @@ class Linear:
     H: int
     B: int
     N: int = 16
-    steps: int = 32
+    steps: int = 128
 
     @property
     def name(self) -> str:

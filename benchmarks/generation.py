@@ -11,10 +11,14 @@ import argparse
 import functools
 import json
 import math
+import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+# A cache of all streams is half of a GPU's memory: no pool may hold on to what one model has left.
+os.environ.setdefault("XLA_PYTHON_CLIENT_ALLOCATOR", "platform")
 
 import jax
 import jax.numpy as jnp

@@ -17,7 +17,7 @@ One letter means one thing in every signature, docstring and kernel of the libra
 Arrays of heads are laid out `[B, T, N, H]`.
 """
 
-from jaxtyping import Array, Bool, Float, Int, Key, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, Key, PRNGKeyArray, Shaped
 
 Queries = Float[Array, "B T N H"]
 Keys = Float[Array, "B S K H"]
@@ -47,6 +47,7 @@ __all__ = [
     "Positions",
     "Queries",
     "SegmentIds",
+    "Shaped",
     "Tokens",
     "Values",
 ]

@@ -65,7 +65,7 @@ def block_sparse_attention(
       ValueError: saying why these kernels do not serve the call.
     """
     (T, N), (S, _, H) = q.shape[1:3], v.shape[1:]
-    config = config or _heuristic(q, k, lists, key_block)
+    config = config or _heuristic(q, k, lists, query_block, key_block)
     reason = objection(
         dtype=q.dtype, B=len(q), N=N, F=q.shape[3], H=H, query_block=query_block,
         key_block=key_block,
@@ -103,12 +103,16 @@ def block_sparse_attention(
     return out[:, :T], lse.swapaxes(1, 2)[:, :T]
 
 
-def _heuristic(q: jax.Array, k: jax.Array, lists: Lists, key_block: int) -> LaunchConfig:
+def _heuristic(
+    q: jax.Array, k: jax.Array, lists: Lists, query_block: int, key_block: int
+) -> LaunchConfig:
     (B, _, N, _), K = q.shape, k.shape[2]
     m, e = lists.blocks.shape[2:]
     n = lists.start.shape[-1] - 1
     readers, keys = Walks(B * N * m, e), Walks(B * K * n, N // K * m * e / n)
-    return heuristic(H=q.shape[3], key_block=key_block, readers=readers, keys=keys)
+    return heuristic(
+        H=q.shape[3], query_block=query_block, key_block=key_block, readers=readers, keys=keys
+    )
 
 
 def objection(

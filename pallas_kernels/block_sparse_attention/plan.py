@@ -114,6 +114,8 @@ class Plan:
         grid = {"batch": B, "head": heads, "block": ctas}
         if blocks > 1:  # short lists share little, but each head may have a few long ones
             grid = {"batch": B, "block": ctas, "head": heads}
+            if heads == 1:  # so may each row
+                grid = {"block": ctas, "batch": B, "head": heads}
         scratch: dict[str, Any] = {}
         if takes_turns and readers == 2:
             scratch = {"turn": plgpu.Barrier(num_arrivals=readers)}

@@ -23,6 +23,9 @@ from pallas_kernels.tiles import (
     over_rows,
 )
 
+# As many as TMA copies from one place in shared memory to the next at least: 128 bytes.
+_OWNERS = 32
+
 
 class Documents(NamedTuple):
     """Packed documents, in int32.
@@ -31,8 +34,8 @@ class Documents(NamedTuple):
       rows, columns: document of each token `[B,T]`, for tiles with the tokens along rows and along
         columns. Padding is -1 in one and -2 in the other, so that it does not even see itself. (The
         layout solver never ends where one vector in shared memory is loaded in both layouts.)
-      owners: `[B,chunks,4]`: whose the state is before each chunk, and after it, and whether the
-        chunk has tokens of others than the first.
+      owners: `[B,chunks,32]`, of which three are used: whose the state is before each chunk, and
+        after it, and whether the chunk has tokens of others than the first.
     """
 
     rows: Any
@@ -48,7 +51,8 @@ def pack(documents: jax.Array) -> Documents:
     before = jnp.pad(after[:, :-1], ((0, 0), (1, 0)))
     mixed = (chunks != before[:, :, None]).any(axis=2).astype(jnp.int32)
     rows, columns = (jnp.where(documents < 0, padding, documents) for padding in (-1, -2))
-    return Documents(rows, columns, jnp.stack([before, after, mixed, 0 * mixed], axis=2))
+    owners = jnp.stack([before, after, mixed], axis=2)
+    return Documents(rows, columns, jnp.pad(owners, ((0, 0), (0, 0), (0, _OWNERS - 3))))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,6 +11,7 @@ the walk is from the end. Heads are the fastest grid axis: neighbours read the s
 """
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -145,8 +146,11 @@ class Plan:
         specs, inputs = [spec(*pair) for pair in given], [array for array, _ in given]
         if documents is not None:
             row = plgpu.BlockSpec((None, TILE), lambda i: (batch, chunk(i)))
-            owners = plgpu.BlockSpec((None, None, 4), lambda i: (batch, chunk(i), 0))
+            numbers = documents.owners.shape[2]
+            owners = plgpu.BlockSpec((None, None, numbers), lambda i: (batch, chunk(i), 0))
             specs, inputs = [*specs, row, row, owners], [*inputs, *documents]
+        for tile, array in zip(specs, inputs, strict=True):
+            _check_copied(tile, array.dtype)
 
         def body(index, *tiles_and_state):
             *refs, state = tiles_and_state
@@ -187,4 +191,16 @@ class Plan:
         return Copy(
             (plgpu.SMEM((TILE, TILE), jnp.bfloat16),) * self.slices,
             (plgpu.SMEM((TILE,), jnp.float32),) * (self.slices if self.normalize else 0),
+        )
+
+
+def _check_copied(tile, dtype) -> None:
+    """TMA copies to multiples of 128 bytes; chunks in flight lie one behind the other.
+
+    The simulator does not know: a tile of 16 bytes passed there, and at one chunk a group on a GPU.
+    """
+    size = math.prod(n for n in tile.block_shape if n is not None) * jnp.dtype(dtype).itemsize
+    if size % 128:
+        raise ValueError(
+            f"a tile {tile.block_shape} of {dtype} has {size} bytes, no multiple of 128"
         )

@@ -167,7 +167,10 @@ def test_they_are_chosen_on_a_hopper_gpu_and_need_one(on_hopper, monkeypatch):
 
 
 def test_launch_parameters():
-    assert heuristic(H=64, key_block=64, readers=Walks(1, 1), keys=Walks(1, 1)).width == 64
+    assert (
+        heuristic(H=64, query_block=64, key_block=64, readers=Walks(1, 1), keys=Walks(1, 1)).width
+        == 64
+    )
     with pytest.raises(ValueError, match=r"LaunchConfig.stages: expected one of \(2, 3, 4\)"):
         LaunchConfig(stages=5)
     q = jnp.ones((1, 64, 1, 64), jnp.bfloat16)

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 
 from lcattn.ops import dispatch, gated_linear_attention
+from lcattn.ops.gated_linear_attention import gpu_kernel, recurrent
+from pallas_kernels.gated_linear_attention import mosaic_gpu
 from pallas_kernels.gated_linear_attention.config import LaunchConfig, heuristic
 from pallas_kernels.gated_linear_attention.mosaic_gpu import gated_linear_attention as kernel
 
@@ -129,17 +131,45 @@ def test_a_call_that_is_not_served_is_told_why(dtype, size, message):
         kernel(x, x, x, -x, scale=1.0)
 
 
-def test_the_kernels_serve_only_when_named(monkeypatch):
+def test_the_kernels_run_unasked_from_the_shortest_length_that_was_timed(monkeypatch):
     monkeypatch.setattr(dispatch, "on_hopper", lambda: True)
     monkeypatch.setattr(jax, "device_count", lambda: 1)
-    q = jnp.ones((1, 1024, 1, 128), jnp.bfloat16)
 
-    def is_served(implementation):
-        run = functools.partial(gated_linear_attention, implementation=implementation)
-        return "gated_linear_attention_outputs" in str(jax.make_jaxpr(run)(q, q, q, -q))
+    def takes_them(T, **options):
+        q = jax.ShapeDtypeStruct((1, T, 1, 128), jnp.bfloat16)
+        run = functools.partial(gated_linear_attention, **options)
+        return "gated_linear_attention_outputs" in str(jax.make_jaxpr(run)(q, q, q, q))
 
-    assert is_served("mosaic_gpu")
-    assert not is_served(None)
+    assert takes_them(256)
+    assert not takes_them(128)
+    assert takes_them(128, implementation="mosaic_gpu")
+    assert not takes_them(256, chunk_size=32)
+    monkeypatch.setattr(jax, "device_count", lambda: 8)
+    assert not takes_them(256)
+
+
+@pytest.mark.parametrize(
+    ("F", "H", "served"), [(24, 50, (64, 64)), (64, 100, (64, 128)), (100, 200, (128, 128))]
+)
+@pytest.mark.parametrize("by_head", [True, False])
+def test_other_sizes_are_padded_and_cut_into_blocks(monkeypatch, F, H, served, by_head):
+    def stand_in(q, k, v, log_decay, state, *, scale):
+        assert (q.shape[-1], v.shape[-1]) == served
+        q = q.reshape(*k.shape[:3], -1, q.shape[-1])
+        out, state = recurrent.attend(q, k, v, log_decay, state, scale=scale, chunk=64)
+        return out.reshape(*out.shape[:2], -1, out.shape[-1]), state
+
+    monkeypatch.setattr(mosaic_gpu, "gated_linear_attention", stand_in)
+    d = np.random.default_rng(0)
+    q, k, v = (d.normal(size=(1, 3, 2, *shape)) for shape in ((3, F), (F,), (H,)))
+    log_decay = -d.uniform(size=(1, 3, 2, 1 if by_head else F))
+    inputs = q, k, v, log_decay, d.normal(size=(1, 2, F, H))
+    found, expected = (
+        form.attend(*map(jnp.asarray, inputs), scale=0.5, chunk=64)
+        for form in (gpu_kernel, recurrent)
+    )
+    for x, y in zip(found, expected, strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-4)
 
 
 def test_the_op_says_what_the_kernels_need():

@@ -174,16 +174,18 @@ def test_the_op_says_what_the_kernel_needs():
         linear_attention(q, q, q, implementation="mosaic_gpu")
 
 
-def test_what_was_timed_runs_unasked(monkeypatch):
+def test_the_kernel_runs_unasked_from_the_shortest_length_that_was_timed(monkeypatch):
     monkeypatch.setattr(dispatch, "on_hopper", lambda: True)
     monkeypatch.setattr(jax, "device_count", lambda: 1)
 
-    def takes_them(F, **options):
-        q, v = (jax.ShapeDtypeStruct((1, 2048, 1, H), jnp.bfloat16) for H in (F, 64))
+    def takes_it(T, F, **options):
+        q, v = (jax.ShapeDtypeStruct((1, T, 1, H), jnp.bfloat16) for H in (F, 64))
         run = functools.partial(linear_attention, **options)
         return "linear_attention_outputs" in str(jax.make_jaxpr(run)(q, q, v))
 
-    assert takes_them(16)
-    assert takes_them(64, feature_map="identity")
-    assert not takes_them(64, feature_map="identity", normalize=True)
-    assert not takes_them(64, feature_map="elu")
+    assert takes_it(256, 16)
+    assert takes_it(256, 64, feature_map="elu", segment_ids=jnp.zeros((1, 256), jnp.int32))
+    assert not takes_it(128, 16)
+    assert not takes_it(256, 16, chunk_size=32)
+    monkeypatch.setattr(jax, "device_count", lambda: 8)
+    assert not takes_it(256, 16)

@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 
 from lcattn import ops
+from lcattn.ops import dispatch
 from lcattn.ops.block_sparse_attention import visible
+from lcattn.ops.checks import Sizes
 from lcattn.ops.hyper_attention import block_sparse
 from lcattn.testing.conformance import oracles
 
@@ -127,6 +129,54 @@ def test_all_levels_are_one_call(monkeypatch):
     assert leaves.blocks.shape[:2] == (1, 1)  # one list for all heads and leaves
     # Of 4 keys each: the own block, and six samples, also where some are of the own block.
     assert levels.blocks.shape[-1] == 1 + 2
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_long_hyper_attention_is_a_plan_unasked_where_kernels_for_hopper_are(monkeypatch, dtype):
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    call = {
+        "sizes": Sizes(B=1, T=16_384, S=16_384, N=1, K=1, F=64, H=64), "dtype": jnp.dtype(dtype),
+        "query_block": 128, "key_block": 128,
+    }  # fmt: skip
+    table = dispatch.OPS["hyper_attention"]
+    assert next(iter(table)) == "block_sparse"
+    assert not table["block_sparse"].is_best(**call)
+    monkeypatch.setattr(dispatch, "on_hopper", lambda: True)
+    assert table["block_sparse"].is_best(**call) is (dtype == "bfloat16")
+    short = call | {"sizes": Sizes(B=1, T=16_383, S=16_383, N=1, K=1, F=64, H=64)}
+    assert not table["block_sparse"].is_best(**short)
+
+
+@pytest.mark.parametrize(
+    ("op", "options"),
+    [
+        ("softmax_attention", {"window": 64, "sinks": 2}),
+        ("softmax_attention", {"segment_ids": jnp.zeros((1, 4096), jnp.int32)}),
+        ("core_context_attention", {"group_size": 16, "window": 64}),
+        ("routing_attention", {"cluster_size": 64}),
+    ],
+    ids=["window", "packed", "cores", "routing"],
+)
+def test_what_was_timed_is_a_plan_unasked_where_kernels_for_hopper_are(monkeypatch, op, options):
+    monkeypatch.setattr(visible, "_BLOCK", {"cpu": 128, "gpu": 128})
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+
+    def takes_kernels(T=4096, dtype=jnp.bfloat16, **more):
+        x = jax.ShapeDtypeStruct((1, T, 1, 64), dtype)
+        call = functools.partial(getattr(ops, op), **options, **more)
+        if op == "routing_attention":
+            call = functools.partial(_routed, call, jnp.ones((1, 4, 64)))
+        inputs = (x, x) if op == "routing_attention" else (x, x, x)
+        return "block_sparse_attention_forward" in str(jax.make_jaxpr(call)(*inputs))
+
+    assert not takes_kernels()
+    monkeypatch.setattr(dispatch, "on_hopper", lambda: True)
+    assert takes_kernels()
+    assert not takes_kernels(dtype=jnp.float32)
+    if "segment_ids" not in options:
+        assert not takes_kernels(T=4095)
+    if op == "routing_attention":
+        assert not takes_kernels(strict=False)
 
 
 def test_a_plan_takes_no_slopes():

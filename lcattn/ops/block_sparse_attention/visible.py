@@ -1,13 +1,20 @@
 """Attention to whatever a rule lets queries see, by the plan of that rule."""
 
+import jax.numpy as jnp
+
 from lcattn.ops import dispatch
+from lcattn.ops.block_sparse_attention import gpu_kernel
 from lcattn.ops.block_sparse_attention.api import block_sparse_attention, block_sparse_part
 from lcattn.ops.block_sparse_attention.builders import plan_of_rule
+from lcattn.ops.checks import Sizes
 from lcattn.ops.visibility import Visibility
 from lcattn.typing import Array
 
 # Tokens a block. A TPU pays for every block that is listed; none was at hand to measure.
 _BLOCK = {"cpu": 128, "gpu": 128, "tpu": 512}
+
+# The shortest length that was timed, and there it takes less than chunks of XLA: benchmarks/h200.
+_PAYS_FROM = 4096
 
 
 def default_block() -> int:
@@ -50,3 +57,12 @@ def attend(
         return block_sparse_part(q, k, v, plan, scale=scale)
     out, lse = block_sparse_attention(q, k, v, plan, scale=scale, return_lse=True)
     return out, lse
+
+
+def pays(*, sizes: Sizes, dtype: jnp.dtype, **call) -> bool:
+    """Whether this is better than chunks in plain JAX: where kernels for Hopper run it."""
+    del call
+    is_long = min(sizes.T, sizes.S) >= _PAYS_FROM
+    return is_long and gpu_kernel.runs_blocks(
+        sizes=sizes, dtype=dtype, query_block=default_block(), key_block=default_block()
+    )

@@ -108,7 +108,7 @@ def core_context_attention(
         raise argument_error("q", f"T={sizes.S} queries, as many as keys", sizes.T)
     if return_state and initial_state is None:
         raise argument_error("initial_state", "a state to continue with return_state", None)
-    run = dispatch.choose("core_context_attention", implementation)
+    run = dispatch.choose("core_context_attention", implementation, sizes=sizes, dtype=q.dtype)
 
     if initial_state is None:
         cores, seen = _groups_of(q, k, v, segment_ids, group_size, window, scale, share_cores)
@@ -203,8 +203,8 @@ def _all_seen(seen: Views) -> Visibility:
 dispatch.declare(
     "core_context_attention",
     {
+        "block_sparse": dispatch.Implementation(_block_sparse, pays=visible.pays),
         "xla": dispatch.Implementation(_merged),
-        "block_sparse": dispatch.Implementation(_block_sparse),
         "reference": dispatch.Implementation(_reference),
     },
 )

@@ -103,8 +103,8 @@ def hyper_attention(
       return_lse: also return the log of each estimated softmax denominator, `[B,T,N]` float32,
         -inf where no key is seen.
       implementation: "block_sparse" (all levels as one plan of blocks, in the best form of
-        `block_sparse_attention`), "xla" (blocks), "reference" (the definition, T·S memory), or None
-        for "xla".
+        `block_sparse_attention`; unasked for long rows where kernels for Hopper GPUs run it),
+        "xla" (blocks), "reference" (the definition, T·S memory), or None.
 
     Returns:
       `[B,T,N,H]`, or that and the log-sum-exp.
@@ -274,7 +274,7 @@ def _map_heads[Result](
 dispatch.declare(
     "hyper_attention",
     {
-        "block_sparse": dispatch.Implementation(_block_sparse, pays=dispatch.only_when_named),
+        "block_sparse": dispatch.Implementation(_block_sparse, pays=block_sparse.pays),
         "xla": dispatch.Implementation(_in_chunks),
         "reference": dispatch.Implementation(_reference),
     },

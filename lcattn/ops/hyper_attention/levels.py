@@ -10,7 +10,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from lcattn.ops.hyper_attention.rearranged import take
+from lcattn.ops.hyper_attention.rearranged import fetch_back, take
 from lcattn.typing import Array, Float, Int
 from pallas_kernels.inner import inner
 
@@ -43,11 +43,14 @@ def _forward(levels, exact, place, readers):
         lses.append(_by_token(exact[1]))
     total = jax.nn.logsumexp(jnp.stack(lses), axis=0)
     shares = [_by_token(_share(x, total))[..., None] for x in lses]
-    outs = [_by_token(take(out, x)) for x in places]
-    if exact is not None:
-        outs.append(exact[0])
-    parts = (share * x for share, x in zip(shares, outs, strict=True))
-    merged = functools.reduce(jnp.add, parts).astype(out.dtype)
+    if len(lses) == 1:
+        merged = fetch_back(out, places[0])
+    else:
+        outs = [_by_token(take(out, x)) for x in places]
+        if exact is not None:
+            outs.append(exact[0])
+        parts = (share * x for share, x in zip(shares, outs, strict=True))
+        merged = functools.reduce(jnp.add, parts).astype(out.dtype)
     merged = merged, _by_token(total)
     exact_lse = None if exact is None else exact[1]
     return merged, (lse, exact_lse, place, readers, *merged)

@@ -19,6 +19,10 @@ from jax import lax
 
 from lcattn.typing import Array, Int
 
+# Tokens that are counted apart at most. Where one counter serves many of those that a GPU works on
+# at a time, they wait for each other.
+_STRETCH = 1024
+
 
 class Ranked(NamedTuple):
     """The order of all members, of P groups and V ranks.
@@ -54,8 +58,8 @@ def by_rank(
     end = jnp.zeros(num_groups, jnp.int32).at[groups].max(token + 1, mode="drop")
     begin = jnp.full(num_groups, len(token), jnp.int32).at[groups].min(token, mode="drop")
     begin = jnp.minimum(begin, end)  # of groups that have no members
-    # Members of each rank between neighbouring edges of groups, then before each edge.
-    edges = jnp.concatenate([begin, end])
+    # Members of each rank between neighbouring edges, then before each edge.
+    edges = jnp.concatenate([begin, end, jnp.arange(0, len(token), _STRETCH, jnp.int32)])
     stretch = passed(edges, len(token) + 1)
     counts = jnp.zeros((len(edges) + 1, num_ranks), jnp.int32)
     counts = jnp.cumsum(counts.at[stretch[:-1], ranks].add(1, mode="drop"), axis=0)

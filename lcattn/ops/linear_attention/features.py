@@ -34,44 +34,47 @@ class Similarity:
 
     Attributes:
       score: from the scaled inner product of a query and a key to p.
-      query_features, key_features: maps over the last axis with
-        `score(q·k) = query_features(q)·key_features(k)`.
+      features: phi(k), over the last axis.
+      query_weights: phi(q) / phi(k) where q = k, of each feature, given F; None for ones.
     """
 
     score: Callable[[Array], Array]
-    query_features: Callable[[Array], Array]
-    key_features: Callable[[Array], Array]
+    features: Callable[[Array], Array]
+    query_weights: Callable[[int], np.ndarray] | None = None
+
+    def weighted(self, features: Array, F: int) -> Array:
+        """phi(q) from phi(k) of the same numbers, F of them."""
+        if self.query_weights is None:
+            return features
+        return features * self.query_weights(F).astype(features.dtype)
+
+    def key_features(self, k: Array) -> Array:
+        """phi(k), over the last axis: `score(q·k) = phi(q)·phi(k)`."""
+        return self.features(k)
+
+    def query_features(self, q: Array) -> Array:
+        """phi(q), over the last axis."""
+        return self.weighted(self.features(q), q.shape[-1])
 
 
 def _same(x: Array) -> Array:
     return x
 
 
-def _pairs(x: Array) -> Array:
-    """`x_i x_j` for i <= j along the last axis."""
+def _taylor(x: Array) -> Array:
     i, j = np.triu_indices(x.shape[-1])
-    return x[..., i] * x[..., j]
+    return jnp.concatenate([jnp.ones_like(x[..., :1]), x, x[..., i] * x[..., j]], axis=-1)
 
 
-def _with_constant(first: Array, second: Array) -> Array:
-    return jnp.concatenate([jnp.ones_like(first[..., :1]), first, second], axis=-1)
-
-
-def _taylor_query(q: Array) -> Array:
-    i, j = np.triu_indices(q.shape[-1])
-    return _with_constant(q, _pairs(q) * np.where(i == j, 0.5, 1.0).astype(q.dtype))
-
-
-def _taylor_key(k: Array) -> Array:
-    return _with_constant(k, _pairs(k))
+def _taylor_weights(F: int) -> np.ndarray:
+    i, j = np.triu_indices(F)
+    return np.concatenate([np.ones(1 + F), np.where(i == j, 0.5, 1.0)])
 
 
 TAYLOR = Similarity(
-    score=lambda x: 1 + x * (1 + 0.5 * x),
-    query_features=_taylor_query,
-    key_features=_taylor_key,
+    score=lambda x: 1 + x * (1 + 0.5 * x), features=_taylor, query_weights=_taylor_weights
 )
-DOT = Similarity(score=_same, query_features=_same, key_features=_same)
+DOT = Similarity(score=_same, features=_same)
 
 
 def elu_plus_one(x: Array) -> Array:

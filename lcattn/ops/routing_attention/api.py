@@ -121,8 +121,12 @@ def routing_attention(
         raise argument_error("strict", "True with a state", strict)
     if is_streamed and segment_ids is not None:
         raise argument_error("segment_ids", "None with a state", "both")
-    attend = dispatch.choose("routing_attention", implementation)
-    if strict and not is_streamed:
+    is_one_list = strict and not is_streamed
+    attend = dispatch.choose(
+        "routing_attention", implementation,
+        sizes=sizes, dtype=q.dtype, is_one_list=is_one_list,
+    )  # fmt: skip
+    if is_one_list:
         # In a list of all tokens, cluster after cluster.
         attend = functools.partial(attend, window=cluster_size)
 
@@ -162,6 +166,11 @@ def _block_sparse(
     return out
 
 
+def _plan_pays(*, is_one_list: bool, **call) -> bool:
+    """Whether a plan is the better choice; of a list for each cluster, none was timed."""
+    return is_one_list and visible.pays(**call)
+
+
 def _reference(q: Array, k: Array, v: Array, seen: Visibility, scale: float, **rest) -> Array:
     del rest
     out, _ = dense.reference(q, k, v, visibility=seen, alibi=None, scale=scale)
@@ -171,8 +180,8 @@ def _reference(q: Array, k: Array, v: Array, seen: Visibility, scale: float, **r
 dispatch.declare(
     "routing_attention",
     {
+        "block_sparse": dispatch.Implementation(_block_sparse, pays=_plan_pays),
         "xla": dispatch.Implementation(_blocks),
-        "block_sparse": dispatch.Implementation(_block_sparse),
         "reference": dispatch.Implementation(_reference),
     },
 )

@@ -4,6 +4,7 @@ import jax.numpy as jnp
 
 from lcattn.errors import argument_error
 from lcattn.ops import checks, dispatch
+from lcattn.ops.block_sparse_attention import visible
 from lcattn.ops.softmax_attention import block_sparse, chunked, cudnn, dense
 from lcattn.ops.softmax_attention.alibi import Alibi
 from lcattn.ops.visibility import visibility
@@ -13,8 +14,10 @@ dispatch.declare(
     "softmax_attention",
     {
         "cudnn": dispatch.Implementation(cudnn.attend, cudnn.objection),
+        "block_sparse": dispatch.Implementation(
+            block_sparse.attend, block_sparse.objection, visible.pays
+        ),
         "xla": dispatch.Implementation(chunked.attend_xla),
-        "block_sparse": dispatch.Implementation(block_sparse.attend, block_sparse.objection),
         "reference": dispatch.Implementation(dense.reference),
     },
 )
