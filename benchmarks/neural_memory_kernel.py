@@ -15,7 +15,7 @@ import dataclasses
 import itertools
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import kernels
+from benchmarks.compiling import UNTUNED, Workers
 from lcattn.ops import neural_memory
 
 CHUNK = 64
@@ -134,16 +135,17 @@ class Case:
         with jax.enable_x64(wide):
             if wide:
                 arrays = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float64), arrays)
-            return jax.jit(run).lower(*(arrays if backward else arrays[:-1])).compile()
+            lowered = jax.jit(run).lower(*(arrays if backward else arrays[:-1]))
+            return lowered.compile(UNTUNED if wide else {})
 
-    def programs(self, pool: ThreadPoolExecutor) -> dict[Any, Future]:
+    def programs(self, workers: Workers) -> dict[Any, Future]:
         """All that `measure` needs, being compiled side by side."""
         compiling: dict[Any, Future] = {
-            (form, which): pool.submit(self.program, form, backward=backward)
-            for form in FORMS
+            (form, which): submit(self.program, form, backward=backward)
+            for form, submit in (("mosaic_gpu", workers.compile), ("xla", workers.run))
             for which, backward in PASSES.items()
         }
-        compiling["reference"] = pool.submit(self.program, "xla", backward=True, wide=True)
+        compiling["reference"] = workers.run(self.program, "xla", backward=True, wide=True)
         return compiling
 
     def floor(self, *, backward: bool) -> float:
@@ -228,14 +230,16 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=float("inf"), help="start none after that")
     parser.add_argument("--cases", type=int, default=len(CASES), help="only so many shapes")
     arguments = parser.parse_args()
-    start, rows = time.perf_counter(), []
-    with ThreadPoolExecutor(5) as pool:
-        for case in CASES[: arguments.cases]:
-            if time.perf_counter() - start > arguments.seconds:
-                break
-            rows.append(case.measure(case.programs(pool)))
-            print(kernels.summary(rows[-1]), flush=True)
-            kernels.save(arguments.out, "neural_memory_kernel", rows=rows)
+    start, cases, rows = time.perf_counter(), CASES[: arguments.cases], []
+    with Workers() as workers:
+        compiling = [case.programs(workers) for case in cases]
+    print(f"compiled after {time.perf_counter() - start:.0f} s", flush=True)
+    for case, programs in zip(cases, compiling, strict=True):
+        if time.perf_counter() - start > arguments.seconds:
+            break
+        rows.append(case.measure(programs))
+        print(kernels.summary(rows[-1]), flush=True)
+        kernels.save(arguments.out, "neural_memory_kernel", rows=rows)
 
 
 if __name__ == "__main__":

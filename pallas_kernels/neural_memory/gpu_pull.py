@@ -88,8 +88,10 @@ def pull(
     """
     (B, T, M, H), F = k.shape, d_ends[0].shape[-1]
     chunks, parts, slices = T // TILE, H // TILE, F // TILE
-    over_units = Exchange(SLICE, slices, jnp.bfloat16, slots=3 if parts == 1 else 2)
-    over_parts = Exchange(PART, parts, jnp.bfloat16)
+    over_units = Exchange(
+        SLICE, slices, jnp.bfloat16, slots=3 if parts == 1 else 2, interpret=plan.interpret
+    )
+    over_parts = Exchange(PART, parts, jnp.bfloat16, interpret=plan.interpret)
     products = plan.products
 
     def neural_memory_pull(

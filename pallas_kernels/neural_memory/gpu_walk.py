@@ -106,8 +106,10 @@ def walk(
     """
     (B, T, M, H), F = k.shape, starts[0].shape[-1]
     chunks, parts, slices = T // TILE, H // TILE, F // TILE
-    over_units = Exchange(SLICE, slices, jnp.float32, slots=3 if parts == 1 else 2)
-    over_parts = Exchange(PART, parts, jnp.float32)
+    over_units = Exchange(
+        SLICE, slices, jnp.float32, slots=3 if parts == 1 else 2, interpret=plan.interpret
+    )
+    over_parts = Exchange(PART, parts, jnp.float32, interpret=plan.interpret)
     products = plan.products
 
     def neural_memory_walk(
