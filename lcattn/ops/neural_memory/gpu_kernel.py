@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 
+import jax
 import jax.numpy as jnp
 
 from lcattn.ops.checks import Sizes
@@ -12,6 +13,9 @@ from lcattn.ops.neural_memory.network import Activation, name_of
 from lcattn.ops.neural_memory.state import NeuralMemoryState, select
 from lcattn.ops.neural_memory.windows import Windows, lay_out
 from lcattn.typing import Array
+
+_PAYS_FROM = 2048
+"""Tokens from which on the kernels are chosen unasked: the shortest length that was timed."""
 
 
 def attend(
@@ -116,3 +120,14 @@ def objection(
         dtype=dtype, length=sizes.T, chunk=chunk,
         sizes=(sizes.F, *(x.shape[-1] for x in weights)),
     )  # fmt: skip
+
+
+def pays(*, sizes: Sizes, continued: bool, **call) -> bool:
+    """Whether the kernels are the better choice where they can serve, as an H200 found.
+
+    Every size and packed documents were timed there, states to go on from only checked: the rest of
+    their chunk is XLA's. Compilers cannot partition kernels: over several devices they belong
+    inside `shard_map`, and only who writes that can tell.
+    """
+    del call
+    return sizes.T >= _PAYS_FROM and not continued and jax.device_count() == 1
