@@ -174,7 +174,8 @@ class Exchange:
 
     Barriers of a cluster order memory within a CTA only, and a copy that has been waited for is
     known to its own thread. Hence fences before and after: without them, the last rows of a part
-    were old ones now and then, on an H200 with other programs beside in up to 14 of 30 runs.
+    were old ones now and then: on an H200 with other programs beside, 228 of 299 runs of 2 x 8 CTAs
+    differed from the first, and none with fences. They take 0.6 us a chunk of a walk.
 
     Attributes:
       axis: of the cluster.

@@ -11,12 +11,11 @@ other blocks of keys, and need no test.
 Each key head is a row of the call, since its blocks are its own; the query heads that share it
 share its blocks, and have samples of their own.
 
-On an H200, 131072 tokens of 32 heads of 64 took 4.8 ms without causality, and 11.1 with gradients:
-2.0 and 6.6 ms in kernels of attention; of the forward pass, 1.2 ms went to gathering rows, 0.5 to
-sorting ranks, 0.5 to hashing; the rest are indices. Causal ones took 52.9 ms with gradients, 43.7
-in kernels; forward alone 19.7 before rows were fetched as words, 12.3 in kernels, of which exact
-leaves take nearly half. Exact causal attention by cuDNN takes 153 ms, and 597 with gradients; of
-16384 tokens 2.3 and 8.3, where this form took 1.8 and 4.8.
+On an H200, 131072 tokens of 32 heads of 64 take 4.8 ms without causality, and 11.2 with gradients:
+2.0 and 6.7 ms in kernels of attention; of the forward pass, 1.2 ms goes to gathering rows, 0.5 to
+sorting ranks, 0.5 to hashing; the rest are indices. Causal ones take 17.6 and 51.8 ms, 12.2 and
+41.2 in kernels, of which exact leaves take nearly half. Exact causal attention by cuDNN takes 152
+and 571 ms; of 16384 tokens 2.3 and 8.4, where this form takes 1.6 and 5.5.
 """
 
 import math
