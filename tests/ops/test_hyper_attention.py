@@ -9,7 +9,7 @@ import pytest
 from compiled import ops
 from jax.sharding import AxisType, PartitionSpec
 
-from lcattn.ops import hyper_attention
+from lcattn.ops import dispatch, hyper_attention
 from lcattn.ops.checks import check_heads
 from lcattn.ops.hyper_attention import api, dense, draws
 from lcattn.ops.hyper_attention.groups import causal_groups, document_groups
@@ -63,6 +63,19 @@ def test_the_hash_knows_directions_only():
     x, planes = jnp.asarray(np.random.default_rng(0).standard_normal((2, 50, 6)))
     np.testing.assert_array_equal(ranks(3.7 * x, planes[:6]), ranks(x, planes[:6]))
     np.testing.assert_array_equal(ranks(0 * x, planes[:6]), 0)
+
+
+def test_the_hash_asks_no_gpu_for_what_older_ones_lack(monkeypatch):
+    """XLA compiles products of bfloat16 parts from Ampere on only."""
+
+    def is_in_parts():
+        x = jax.ShapeDtypeStruct((8, 6), jnp.float32)
+        return "BF16_BF16_F32_X6" in str(jax.make_jaxpr(lambda x: ranks(x, x.T))(x))
+
+    monkeypatch.setattr(dispatch, "default_platform", lambda: "gpu")
+    assert not is_in_parts()
+    monkeypatch.setattr(dispatch, "on_hopper", lambda: True)
+    assert is_in_parts()
 
 
 def test_short_rows_are_exact_and_need_no_rng():

@@ -3,6 +3,7 @@
 import jax.numpy as jnp
 from jax import lax
 
+from lcattn.ops import dispatch
 from lcattn.ops.checks import accumulation_dtype
 from lcattn.typing import Array, Float, Int
 
@@ -31,9 +32,10 @@ def _precision(dtype: jnp.dtype) -> lax.Precision | lax.DotAlgorithmPreset:
     """Of projections: in one product of bfloat16 many vectors would change sides.
 
     Six of them, of the parts of each number, are as exact as float32. A TPU takes them for its
-    highest precision; a GPU has faster units for them than for float32.
+    highest precision; a Hopper GPU has faster units for them than for float32. XLA refuses them to
+    GPUs before Ampere.
     """
-    if dtype == jnp.float32:
+    if dtype == jnp.float32 and dispatch.on_hopper():
         return lax.DotAlgorithmPreset.BF16_BF16_F32_X6
     return lax.Precision.HIGHEST
 
