@@ -127,6 +127,11 @@ def no_hopper() -> str | None:
     return None if on_hopper() else "needs a Hopper GPU (compute capability 9.0)"
 
 
+def no_grid(rows: int) -> str | None:
+    """The objection of kernels for GPUs to rows that no grid holds: it has 1 to 65535 places."""
+    return None if 0 < rows < 2**16 else f"takes 1 to 65535 rows, in all their parts, not {rows}"
+
+
 def no_tpu() -> str | None:
     """The `absence` of kernels for TPUs."""
     return None if default_platform() == "tpu" else "needs a TPU"

@@ -1,7 +1,5 @@
 """The public op: arguments, checks and the choice of an implementation."""
 
-import jax.numpy as jnp
-
 from lcattn.ops import checks, dispatch, recurrence
 from lcattn.ops.decay import check_log_decay, forget_at_documents
 from lcattn.ops.gated_linear_attention import chunked, gpu_kernel, recurrent, tpu_kernel
@@ -102,7 +100,7 @@ def gated_linear_attention(
     )  # fmt: skip
     run = dispatch.choose(
         "gated_linear_attention", implementation, sizes=sizes, states=log_decay.shape[2],
-        dtype=jnp.result_type(q, k, v), chunk_size=chunk_size,
+        dtype=q.dtype, scale=scale, chunk_size=chunk_size,
     )  # fmt: skip
 
     if log_decay.ndim == 3:

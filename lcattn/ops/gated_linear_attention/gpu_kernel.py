@@ -8,6 +8,7 @@ was published, two heads of 128 that share queries, keys and decays.
 import jax
 import jax.numpy as jnp
 
+from lcattn.ops import dispatch
 from lcattn.ops.checks import Sizes
 from lcattn.typing import Array, Float
 
@@ -15,6 +16,10 @@ from lcattn.typing import Array, Float
 _PAYS_FROM = 256
 
 _SMALL, _LARGE = 64, 128
+
+# Tokens of a chunk, all of which are one axis of the gradient's grid, and more chunks there than
+# fill up the last group of every row.
+_CHUNK, _FILLING = 64, 512
 
 
 def attend(
@@ -64,16 +69,21 @@ def served_sizes(F: int, H: int) -> tuple[int, int]:
     return f, _LARGE if f == _LARGE or H > _SMALL else _SMALL
 
 
-def objection(*, sizes: Sizes, dtype: jnp.dtype, **call) -> str | None:
+def objection(*, sizes: Sizes, dtype: jnp.dtype, scale: float, **call) -> str | None:
     """Why the kernels cannot serve a call, in words."""
     del call
     if sizes.F > _LARGE:
         return f"takes keys of up to {_LARGE} numbers, not F={sizes.F}"
+    if scale == 0:
+        return "needs a scale other than 0"
     # Imported where it can run: it takes longer to import than the rest of the ops.
     from pallas_kernels.gated_linear_attention import mosaic_gpu
 
     f, h = served_sizes(sizes.F, sizes.H)
-    return mosaic_gpu.objection(dtype=dtype, F=f, H=h)
+    chunks = sizes.B * -(-sizes.T // _CHUNK)
+    return mosaic_gpu.objection(dtype=dtype, F=f, H=h) or dispatch.no_grid(
+        chunks + _FILLING if chunks else 0
+    )
 
 
 def pays(*, sizes: Sizes, chunk_size: int | None, **call) -> bool:

@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from lcattn.ops import dispatch
 from lcattn.ops.checks import Sizes
 from lcattn.ops.linear_attention import kernel
 from lcattn.ops.linear_attention.features import FeatureMap
@@ -14,6 +15,8 @@ from lcattn.typing import Array
 # benchmarks/h200.
 _PAYS_FROM = 256
 
+# Values of a row that a CTA walks.
+_VALUES = 64
 
 attend = functools.partial(kernel.attend, "mosaic_gpu")
 
@@ -40,7 +43,9 @@ def objection(
 
     # elu + 1 is applied outside; what is left is the identity.
     kind = "taylor" if feature_map == "taylor" else "identity"
-    return mosaic_gpu.objection(feature_map=kind, dtype=dtype, F=sizes.F, H=sizes.H, scale=scale)
+    return mosaic_gpu.objection(
+        feature_map=kind, dtype=dtype, F=sizes.F, H=sizes.H, scale=scale
+    ) or dispatch.no_grid(sizes.B * sizes.H // _VALUES)
 
 
 def pays(*, sizes: Sizes, chunk_size: int | None, **call) -> bool:

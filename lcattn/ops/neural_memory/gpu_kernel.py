@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 
+from lcattn.ops import dispatch
 from lcattn.ops.checks import Sizes
 from lcattn.ops.neural_memory import chunked
 from lcattn.ops.neural_memory.chunked import Tokens
@@ -119,7 +120,7 @@ def objection(
     return mosaic_gpu.objection(
         dtype=dtype, length=sizes.T, chunk=chunk,
         sizes=(sizes.F, *(x.shape[-1] for x in weights)),
-    )  # fmt: skip
+    ) or dispatch.no_grid(sizes.B)  # fmt: skip
 
 
 def pays(*, sizes: Sizes, continued: bool, **call) -> bool:

@@ -6,6 +6,7 @@ import math
 import jax
 import jax.numpy as jnp
 
+from lcattn.ops import dispatch
 from lcattn.ops.checks import Sizes
 from lcattn.ops.softplus_attention import kernel
 
@@ -38,7 +39,9 @@ def objection(
     # Imported where it can run: it takes longer to import than the rest of the ops.
     from pallas_kernels.softplus_attention import mosaic_gpu
 
-    return mosaic_gpu.objection(dtype=dtype, F=sizes.F, H=sizes.H, power=power)
+    return mosaic_gpu.objection(dtype=dtype, F=sizes.F, H=sizes.H, power=power) or dispatch.no_grid(
+        sizes.B
+    )
 
 
 def pays(*, sizes: Sizes, **call) -> bool:

@@ -1,0 +1,81 @@
+"""Which form of an op a call takes unasked, on machines that are not here."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from lcattn import ops
+from lcattn.ops import dispatch
+
+
+class Chosen(Exception):
+    """Raised in the place of running what was chosen."""
+
+
+@pytest.fixture
+def chosen(monkeypatch):
+    """A function of an op and its call: the name of what one Hopper GPU would run."""
+
+    def choose(op, name, **call):
+        assert name is None
+        raise Chosen(dispatch.best(op, **call))
+
+    def run(op, *arrays, **options):
+        with pytest.raises(Chosen) as found:
+            jax.eval_shape(functools.partial(op, **options), *arrays)
+        return str(found.value)
+
+    monkeypatch.setattr(dispatch, "choose", choose)
+    monkeypatch.setattr(dispatch, "default_platform", lambda: "gpu")
+    monkeypatch.setattr(dispatch, "on_hopper", lambda: True)
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    return run
+
+
+def heads(B, T, H=64):
+    return jax.ShapeDtypeStruct((B, T, 1, H), jnp.bfloat16)
+
+
+def gated(q, **options):
+    return ops.gated_linear_attention(q, q, q, q, **options)
+
+
+def memory(q):
+    gate = q[..., 0]
+    return ops.neural_memory(q, q, q, gate, gate, gate, [jnp.zeros((1, 64, 64))])
+
+
+KERNELS = {
+    # op of one array, tokens, rows that are too many for one axis of a grid
+    "linear": (lambda q: ops.linear_attention(q, q, q, feature_map="elu"), 256, 2**16),
+    "gated": (gated, 256, 2**14),
+    "softplus": (lambda q: ops.softplus_attention(q, q, q), 1024, 2**16),
+    "memory": (memory, 2048, 2**16),
+    "window": (lambda q: ops.softmax_attention(q, q, q, window=9, sinks=1), 4096, 2**16),
+    "cores": (lambda q: ops.core_context_attention(q, q, q), 4096, 2**16),
+}
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_kernels_run_unasked_only_as_many_rows_as_a_grid_holds(chosen, name):
+    op, T, too_many = KERNELS[name]
+    assert chosen(op, heads(1, T)) in {"mosaic_gpu", "block_sparse"}
+    assert chosen(op, heads(0, T)) == "xla"
+    assert chosen(op, heads(too_many, T)) == "xla"
+
+
+def test_wide_values_are_parts_of_rows(chosen):
+    """Each 64 of them have a place in the grid of linear attention."""
+
+    def linear(q, v):
+        return ops.linear_attention(q, q, v, feature_map="identity")
+
+    assert chosen(linear, heads(2**14, 256), heads(2**14, 256)) == "mosaic_gpu"
+    assert chosen(linear, heads(2**14, 256), heads(2**14, 256, H=256)) == "xla"
+
+
+def test_the_kernels_of_gated_linear_attention_divide_by_the_scale(chosen):
+    assert chosen(functools.partial(gated, scale=-1.0), heads(1, 256)) == "mosaic_gpu"
+    assert chosen(functools.partial(gated, scale=0.0), heads(1, 256)) == "xla"
