@@ -7,7 +7,7 @@ with m the largest t so far: sums are scaled down when it grows.
 
 Floor for a score of H = 128: 512 FLOP of the matrix unit and one power of two. With 32768 tokens,
 16 heads and a causal plan, 8.6e9 scores, that is 5.5 ms at 800 TFLOP/s; powers alone, 4.2e12 a
-second, 2.0 ms. On an H200 it takes 6.8 ms, and cuDNN's kernel 6.9 ms in the same run: 81 % of the
+second, 2.0 ms. On an H200 it takes 6.5 ms, and cuDNN's kernel 7.2 ms in the same run: 84 % of the
 floor. In a trial it was 7 % slower without turns, and 20 % with steps of 64 keys; more stages
 changed nothing.
 """

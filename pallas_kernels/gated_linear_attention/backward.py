@@ -17,9 +17,9 @@ A CTA takes 64 features, whose factors e^.. already take the registers of a tile
 strong chunks go separate ways from the start to the end: where the two paths joined again, the
 compiler serialised products for want of registers (C7511).
 
-Floor of forward and backward at the shape in `forward`: 2 GB moved, 0.47 ms. Reached on an H200, in
-the trial named there: 1.41 ms, most of it traffic: 0.46 here (1.6 GB, states of chunks and their
-gradients among them), 0.49 in two walks, 0.40 in three sweeps over states, 0.04 in XLA.
+Floor of forward and backward at the shape in `forward`: 2 GB moved, 0.47 ms. Reached on an H200:
+1.60 ms, most of it traffic: 0.47 here (1.6 GB, states of chunks and their gradients among them),
+0.49 in two walks, 0.41 in three sweeps over states, 0.22 in XLA.
 """
 
 import jax

@@ -14,7 +14,7 @@ each group adds to the state, a prefix sum over groups (in XLA) the state each s
 Floor for Taylor, F = 16, H = 64, a chunk of one head: 5.4 MFLOP (selection products 1.6, scores
 and P w 0.7, reading the state 1.6, updating it 1.6) and 20 KiB moved. At 32768 tokens x 16 heads
 that is 44 GFLOP, 0.055 ms at 800 TFLOP/s, and 168 MB, 0.039 ms at 4.3 TB/s. Reached on an H200:
-0.112 ms as 16 rows of 2048 tokens; as one row 0.183, with 0.052 for `group_sums` and 0.018 for the
+0.109 ms as 16 rows of 2048 tokens; as one row 0.188, with 0.055 for `group_sums` and 0.018 for the
 prefix sum. What bounds it is latency: chains of small products at two warps a scheduler, since the
 state fills the registers. So a chunk's products are in flight two at a time, as many as fit.
 """

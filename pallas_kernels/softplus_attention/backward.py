@@ -15,7 +15,7 @@ knows it. That is a product more than if e were known, and two fewer than a walk
 Floor for a score of H = 128: 1024 FLOP and 3 transcendentals in each walk (LSSA: 768 FLOP in the
 first). With 32768 tokens and 16 heads, 8.6e9 scores, that is 11 ms at 800 TFLOP/s in each;
 transcendentals alone, 4.2e12 a second, 6.2 ms. So 22 ms for both, if everything overlapped.
-Reached on an H200: 19.6 and 21.5 ms. Two sums of 64 x 128 fill half of a thread's registers, so
+Reached on an H200: 19.9 and 22.0 ms. Two sums of 64 x 128 fill half of a thread's registers, so
 that tiles are 64 wide (the second walk spills 200 bytes), and products wait for weights.
 """
 

@@ -9,7 +9,7 @@ second alone. Neither rescales: nothing overflows.
 Floor for a score of H = 128: the first walk takes 256 FLOP of the matrix unit and 1.06
 transcendentals, the second 512 FLOP and 2. With 32768 tokens and 16 heads, 8.6e9 scores, that is
 2.7 ms and 5.5 ms at 800 TFLOP/s; transcendentals alone, 4.2e12 a second, 2.2 ms and 4.1 ms. So 8.2
-ms if everything overlapped; traffic, 0.54 GB, is 0.13 ms. Reached on an H200: 5.3 and 8.9 ms. In
+ms if everything overlapped; traffic, 0.54 GB, is 0.13 ms. Reached on an H200: 5.4 and 9.1 ms. In
 `mix` the two add up: the compiler puts all transcendentals of a tile before the rest of its
 arithmetic, a warpgroup alone then needs longer for weights than for products, and holding the
 other one back meanwhile (a real ping-pong) took 9.7 ms.

@@ -88,9 +88,10 @@ def core_context_attention(
       initial_state: continues a stream; from `core_context_attention_state`.
       return_state: also return the state after the last token. Needs `initial_state`, which says
         how long the stream may become. Past that, outputs are NaN under `jit`.
-      implementation: "xla" (blocks), "block_sparse" (cores and tokens as one plan of blocks, in the
-        best form of `block_sparse_attention`; tokens' keys are copied for query heads that have
-        cores of their own), "reference" (one softmax over T·(T/g + T) scores), or None.
+      implementation: "block_sparse" (cores and tokens as one plan of blocks, in the best form of
+        `block_sparse_attention`; tokens' keys are copied for query heads that have cores of their
+        own), "xla" (blocks), "reference" (one softmax over T·(T/g + T) scores), or None: a plan
+        from 4096 tokens on where kernels for Hopper GPUs run it, else "xla".
 
     Returns:
       `[B,T,N,H]`, or that and the final state.

@@ -80,8 +80,10 @@ def gated_linear_attention(
       implementation: "mosaic_gpu" (kernels for Hopper GPUs: bfloat16, F up to 128; channels and
         values are padded to 64 or 128), "mosaic_tpu" (kernels for TPUs: bfloat16 or float32, F and
         H multiples of 8; for the gradient they keep a state every few hundred tokens), "xla"
-        (chunks), "reference" (token by token), or None: the kernels for Hopper where they were
-        timed, else "xla".
+        (chunks), "reference" (token by token), or None: on one Hopper GPU "mosaic_gpu", from 256
+        tokens on and without `chunk_size`; else "xla". Only "xla" and "reference" have forward-mode
+        and second derivatives: kernels have a backward pass of their own, and calls that need more
+        have to name a form.
 
     Returns:
       `[B,T,N,H]`, or that and the final state.

@@ -103,7 +103,7 @@ class _Samples(NamedTuple):
 def pays(*, sizes: Sizes, dtype: jnp.dtype, query_block: int, key_block: int) -> bool:
     """Whether to take this form unasked: where kernels for Hopper GPUs run its plan.
 
-    They took a fifth of the time of chunks in plain JAX; no other kernels have been measured.
+    They took a sixth of the time of chunks in plain JAX; no other kernels have been measured.
     """
     return sizes.T >= _PAYS_FROM and gpu_kernel.runs_blocks(
         sizes=sizes, dtype=dtype, query_block=query_block, key_block=key_block

@@ -97,8 +97,10 @@ def routing_attention(
         lcattn.ops.rotary, positions=...)`.
       initial_state: continues a stream; from `routing_attention_state`. Needs `strict`.
       return_state: also return the state after the last token. Needs `strict`.
-      implementation: "xla" (blocks), "block_sparse" (lists as plans of blocks, in the best form of
-        `block_sparse_attention`), "reference" (all scores of a list at once), or None.
+      implementation: "block_sparse" (lists as plans of blocks, in the best form of
+        `block_sparse_attention`), "xla" (blocks), "reference" (all scores of a list at once), or
+        None: a plan from 4096 tokens on where kernels for Hopper GPUs run it, if strict and without
+        a state; else "xla".
 
     Returns:
       `[B,T,N,H]`, or that and the final state.

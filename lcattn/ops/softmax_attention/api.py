@@ -70,10 +70,10 @@ def softmax_attention(
       key_position: position of the first key. Keys at negative positions do not exist.
       return_lse: also return the log of each softmax denominator, `[B,T,N]` float32, -inf where
         no key is seen. Gradients flow through it, so that partial results can be merged.
-      implementation: "cudnn" (GPU; whole sequences, and one token against a cache), "xla"
-        (anywhere), "block_sparse" (by a plan of blocks, in the best form of
-        `block_sparse_attention`), "reference" (the definition, T·S memory), or None for the first
-        of them that serves the call.
+      implementation: "cudnn" (GPU; whole sequences, and one token against a cache),
+        "block_sparse" (by a plan of blocks, in the best form of `block_sparse_attention`), "xla"
+        (anywhere), "reference" (the definition, T·S memory), or None for the first of them that
+        serves the call; a plan only from 4096 tokens on, where kernels for Hopper GPUs run it.
 
     Returns:
       `[B,T,N,H]`, or that and the log-sum-exp.
