@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+from jax.sharding import AxisType
 
 from lcattn.errors import argument_error
 
@@ -125,6 +126,16 @@ def on_hopper() -> bool:
 def no_hopper() -> str | None:
     """The `absence` of kernels for Hopper GPUs."""
     return None if on_hopper() else "needs a Hopper GPU (compute capability 9.0)"
+
+
+def on_one_device() -> bool:
+    """Whether kernels may be taken unasked: for one device, outside `shard_map` and explicit axes.
+
+    Compilers cannot partition kernels, nor does JAX know how their results vary over a mesh: there
+    they belong inside `shard_map(..., check_vma=False)`, and only who writes that can tell.
+    """
+    axes = jax.sharding.get_abstract_mesh().axis_types
+    return jax.device_count() == 1 and all(axis is AxisType.Auto for axis in axes)
 
 
 def no_grid(rows: int) -> str | None:

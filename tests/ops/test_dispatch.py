@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.sharding import AxisType, PartitionSpec
 
 from lcattn import ops
 from lcattn.ops import dispatch
@@ -64,6 +65,23 @@ def test_kernels_run_unasked_only_as_many_rows_as_a_grid_holds(chosen, name):
     assert chosen(op, heads(1, T)) in {"mosaic_gpu", "block_sparse"}
     assert chosen(op, heads(0, T)) == "xla"
     assert chosen(op, heads(too_many, T)) == "xla"
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_inside_shard_map_kernels_run_only_when_named(chosen, name):
+    """JAX raises where it checks how results vary and cannot: by default, on one device too."""
+    op, T, _ = KERNELS[name]
+    mesh = jax.make_mesh((1,), ("data",), (AxisType.Auto,), devices=jax.devices()[:1])
+    rows = PartitionSpec("data")
+    sharded = jax.shard_map(op, mesh=mesh, in_specs=rows, out_specs=rows)
+    with jax.set_mesh(mesh):
+        assert chosen(op, heads(1, T)) in {"mosaic_gpu", "block_sparse"}
+        assert chosen(sharded, heads(1, T)) == "xla"
+
+
+def test_on_several_devices_kernels_run_only_when_named(chosen, monkeypatch):
+    monkeypatch.setattr(jax, "device_count", lambda: 2)
+    assert {chosen(op, heads(1, T)) for op, T, _ in KERNELS.values()} == {"xla"}
 
 
 def test_wide_values_are_parts_of_rows(chosen):

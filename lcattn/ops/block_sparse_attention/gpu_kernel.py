@@ -1,6 +1,5 @@
 """The kernels for Hopper GPUs, behind the op's contract."""
 
-import jax
 import jax.numpy as jnp
 
 from lcattn.ops import dispatch
@@ -48,10 +47,6 @@ def _objection(*, sizes: Sizes, dtype: jnp.dtype, query_block: int, key_block: i
 
 
 def pays(**call) -> bool:
-    """Whether the kernels are the better choice where they can serve.
-
-    Compilers cannot partition them: over several devices they belong inside `shard_map`, and only
-    who writes that can tell.
-    """
+    """Whether the kernels are the better choice where they can serve."""
     del call
-    return jax.device_count() == 1
+    return dispatch.on_one_device()

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from lcattn.ops import dispatch
 from lcattn.ops.block_sparse_attention.entries import entries
 from lcattn.ops.block_sparse_attention.plan import BlockPlan, common
 from lcattn.ops.checks import Sizes
@@ -112,9 +113,7 @@ def objection(*, sizes: Sizes, dtype: jnp.dtype, plan: BlockPlan) -> str | None:
 def pays(**call) -> bool:
     """Whether the kernels are the better choice where they can serve.
 
-    No TPU was at hand to tell, but who asks for blocks by name has asked for them. Compilers cannot
-    partition them: over several devices they belong inside `shard_map`, and only who writes that
-    can tell.
+    No TPU was at hand to tell, but who asks for blocks by name has asked for them.
     """
     del call
-    return jax.device_count() == 1
+    return dispatch.on_one_device()

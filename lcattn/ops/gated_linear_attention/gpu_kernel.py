@@ -5,7 +5,6 @@ other values are cut into blocks, each with a state of its own: so is one head o
 was published, two heads of 128 that share queries, keys and decays.
 """
 
-import jax
 import jax.numpy as jnp
 
 from lcattn.ops import dispatch
@@ -87,10 +86,6 @@ def objection(*, sizes: Sizes, dtype: jnp.dtype, scale: float, **call) -> str | 
 
 
 def pays(*, sizes: Sizes, chunk_size: int | None, **call) -> bool:
-    """Whether the kernels are the better choice where they can serve.
-
-    They walk chunks of their own size, and compilers cannot partition them: over several devices
-    they belong inside `shard_map`, and only who writes that can tell.
-    """
+    """Whether the kernels, with chunks of their own, are the better choice where they serve."""
     del call
-    return sizes.T >= _PAYS_FROM and chunk_size is None and jax.device_count() == 1
+    return sizes.T >= _PAYS_FROM and chunk_size is None and dispatch.on_one_device()

@@ -2,7 +2,6 @@
 
 import functools
 
-import jax
 import jax.numpy as jnp
 
 from lcattn.ops import dispatch
@@ -49,10 +48,6 @@ def objection(
 
 
 def pays(*, sizes: Sizes, chunk_size: int | None, **call) -> bool:
-    """Whether the kernel is the better choice where it can serve.
-
-    It walks chunks of its own size, and compilers cannot partition it: over several devices it
-    belongs inside `shard_map`, and only who writes that can tell.
-    """
+    """Whether the kernel, with chunks of its own, is the better choice where it serves."""
     del call
-    return sizes.T >= _PAYS_FROM and chunk_size is None and jax.device_count() == 1
+    return sizes.T >= _PAYS_FROM and chunk_size is None and dispatch.on_one_device()

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 
-import jax
 import jax.numpy as jnp
 
 from lcattn.ops import dispatch
@@ -127,8 +126,7 @@ def pays(*, sizes: Sizes, continued: bool, **call) -> bool:
     """Whether the kernels are the better choice where they can serve, as an H200 found.
 
     Every size and packed documents were timed there, states to go on from only checked: the rest of
-    their chunk is XLA's. Compilers cannot partition kernels: over several devices they belong
-    inside `shard_map`, and only who writes that can tell.
+    their chunk is XLA's.
     """
     del call
-    return sizes.T >= _PAYS_FROM and not continued and jax.device_count() == 1
+    return sizes.T >= _PAYS_FROM and not continued and dispatch.on_one_device()

@@ -3,7 +3,6 @@
 import functools
 import math
 
-import jax
 import jax.numpy as jnp
 
 from lcattn.ops import dispatch
@@ -45,10 +44,6 @@ def objection(
 
 
 def pays(*, sizes: Sizes, **call) -> bool:
-    """Whether the kernels are the better choice where they can serve.
-
-    Compilers cannot partition them: over several devices they belong inside `shard_map`, and only
-    who writes that can tell.
-    """
+    """Whether the kernels are the better choice where they can serve."""
     del call
-    return sizes.T >= _PAYS_FROM and jax.device_count() == 1
+    return sizes.T >= _PAYS_FROM and dispatch.on_one_device()
