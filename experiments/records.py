@@ -192,7 +192,7 @@ def _growth(record: Mapping[str, Any]) -> str:
     title = f"Kernels of linear attention as a row doubles, on one {record['device']}"
     table = Table(title=title, header=header, rows=rows).markdown()
     return f"{table}\n\n`{record['command']}`, jax {record['jax']}. One row of 16 heads." + (
-        _age(record, "linear_attention")
+        _age(record, "linear_attention", "gated_linear_attention")
     )
 
 
@@ -201,8 +201,8 @@ def is_of_present_code(record: Mapping[str, Any], kernel: str, backend: str) -> 
     return record.get("digests", {}).get(kernel) == source.digest(kernel, backend)
 
 
-def _age(record: Mapping[str, Any], kernel: str) -> str:
-    is_present = is_of_present_code(record, kernel, "mosaic_gpu")
+def _age(record: Mapping[str, Any], *kernels: str) -> str:
+    is_present = all(is_of_present_code(record, kernel, "mosaic_gpu") for kernel in kernels)
     return "" if is_present else " The record is of an earlier version of these kernels."
 
 

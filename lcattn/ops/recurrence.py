@@ -44,8 +44,10 @@ def group_by_state(q: Array, k: Array, v: Array, states: int) -> tuple[Array, Ar
 
 def start(state: Array | None, k: Array, v: Array) -> Float[Array, "B M F H"]:
     """The initial state, checked, in float32; zeros by default."""
-    # A product with zero, so that the state varies over a mesh just as k and v do.
-    zeros = 0 * einsum("bmf,bmh->bmfh", k[:, 0], v[:, 0], like=v)
+    # A product with zero, so that the state varies over a mesh just as k and v do; whose gradient
+    # would be one more pass over all of k and v.
+    first = (lax.stop_gradient(x[:, 0]) for x in (k, v))
+    zeros = 0 * einsum("bmf,bmh->bmfh", *first, like=v)
     if state is None:
         return zeros
     checks.check_shape("initial_state", state, zeros.shape, "[B,M,F,H]")

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from compiled import ops
 
-from lcattn.ops import gated_linear_attention
+from lcattn.ops import gated_linear_attention, recurrence
 from lcattn.ops.decay import between_tokens, inside_chunks
 from lcattn.testing.conformance.compare import assert_close, assert_finite
 
@@ -36,6 +36,13 @@ def test_without_decay_it_is_linear_attention(qkv):
     out, final = gated(*qkv, jnp.zeros((B, T, K)))
     assert_close("output", out, expected, 1e-6)
     assert_close("state", final, state.kv, 1e-6)
+
+
+def test_a_start_of_zeros_is_no_part_of_the_gradient(qkv):
+    """Which would be one more pass over all keys and values."""
+    _, pull = jax.vjp(lambda k, v: recurrence.start(None, k, v), *qkv[1:])
+    for gradient in pull(jnp.full((B, K, F, H), jnp.inf)):
+        np.testing.assert_array_equal(gradient, 0)
 
 
 def test_equal_channels_are_one_gate_a_head(qkv):

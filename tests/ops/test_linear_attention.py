@@ -245,3 +245,5 @@ def test_one_token_takes_the_step_and_gives_what_chunks_give(qkv, feature_map):
     assert all(map(jnp.array_equal, *map(jax.tree.leaves, (automatic, named))))
     with pytest.raises(ValueError, match="one token"):
         linear_attention(*qkv, implementation="step")
+    none = [x[:0] for x in token]
+    assert jax.eval_shape(linear_attention, *none).shape == (0, 1, N, H)

@@ -133,8 +133,10 @@ def _keep(state: Array, keep: Array | None) -> Array:
 
 
 def _zero_state(options: _Options, k: Array, v: Array) -> Array:
-    # A product with zero, so that the state varies over a mesh just as k and v do.
-    return 0 * _write(options, k[..., :1, :], v[..., :1, :], None)
+    # A product with zero, so that the state varies over a mesh just as k and v do; whose gradient
+    # would be one more pass over all of k and v.
+    k, v = (lax.stop_gradient(x[..., :1, :]) for x in (k, v))
+    return 0 * _write(options, k, v, None)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -32,7 +32,7 @@ def attend(
     if (state := checked(state, normalize, similarity, k, v)) is not None:
         kv += state.kv
         normalizer = None if state.normalizer is None else state.normalizer + features
-    query = query.reshape(B, K, N // K, -1)
+    query = query.reshape(B, K, N // K, query.shape[-1])
     # A product and a sum, which fuse with the update: a matrix product would read the state again.
     out = jnp.sum(query[..., None] * kv[:, :, None], axis=-2)
     if normalizer is not None:
