@@ -217,9 +217,10 @@ CASES = [
     Case(1, 32768),
     Case(16, 2048),
     Case(4, 8192, hidden=64),
-    Case(4, 8192, documents=10),
     Case(4, 8192, N=2, M=2, H=128, hidden=512),
     Case(4, 8192, N=2, M=2, H=128, hidden=None),
+    # Last: a profile of XLA's form, which skips empty windows, may fail.
+    Case(4, 8192, documents=10),
 ]
 
 
