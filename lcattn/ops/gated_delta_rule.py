@@ -6,13 +6,14 @@ import numpy as np
 from jax import lax
 
 from lcattn.errors import argument_error
-from lcattn.ops import checks, dispatch, recurrence
+from lcattn.ops import checks, dispatch, recurrence, sharding
 from lcattn.ops.chunks import cut, einsum, paste
 from lcattn.ops.decay import between_tokens, check_log_decay, forget_at_documents, inside_chunks
 from lcattn.ops.triangular import inverse
 from lcattn.typing import Array, Float, SegmentIds
 
 
+@sharding.partitioned
 def gated_delta_rule(
     q: Float[Array, "B T N F"],
     k: Float[Array, "B S K F"],

@@ -7,12 +7,13 @@ import jax.numpy as jnp
 from jax import lax
 
 from lcattn.errors import argument_error
-from lcattn.ops import checks, dispatch
+from lcattn.ops import checks, dispatch, sharding
 from lcattn.typing import Array, Bool, Float, Int, Tokens
 
 _DENSE_UP_TO = 512  # tokens: until then T² comparisons cost less than a sort
 
 
+@sharding.partitioned
 def ngram_attention(
     x: Float[Array, "B S D"],
     tokens: Int[Array, "B S"],

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 from jax import lax
 
-from lcattn.ops import checks, dispatch
+from lcattn.ops import checks, dispatch, sharding
 from lcattn.ops.softmax_attention import softmax_attention
 from lcattn.typing import Array, Float, Int, SegmentIds
 
@@ -11,6 +11,7 @@ from lcattn.typing import Array, Float, Int, SegmentIds
 dispatch.declare("selective_attention", dispatch.OPS["softmax_attention"])
 
 
+@sharding.partitioned
 def selective_attention(
     q: Float[Array, "B T N F"],
     k: Float[Array, "B S K F"],

@@ -5,11 +5,12 @@ import jax.numpy as jnp
 from jax import lax
 
 from lcattn.errors import argument_error
-from lcattn.ops import checks, dispatch
+from lcattn.ops import checks, dispatch, sharding
 from lcattn.ops.segments import owners
 from lcattn.typing import Array, Float, SegmentIds
 
 
+@sharding.partitioned
 def short_convolution(
     x: Float[Array, "B T D"],
     weight: Float[Array, "D W"],

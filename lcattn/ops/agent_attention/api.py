@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from lcattn.errors import argument_error
-from lcattn.ops import checks, dispatch
+from lcattn.ops import checks, dispatch, sharding
 from lcattn.ops.agent_attention import dense, linear
 from lcattn.ops.agent_attention.state import AgentAttentionState
 from lcattn.ops.checks import Sizes
@@ -19,6 +19,7 @@ dispatch.declare(
 )
 
 
+@sharding.partitioned
 def agent_attention(
     q: Float[Array, "B T N F"],
     k: Float[Array, "B S K F"],

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 from lcattn.errors import argument_error
-from lcattn.ops import checks, dispatch
+from lcattn.ops import checks, dispatch, sharding
 from lcattn.ops.block_sparse_attention import blockwise, columns, dense, gpu_kernel, tpu_kernel
 from lcattn.ops.block_sparse_attention.plan import BlockPlan
 from lcattn.ops.block_sparse_attention.validation import check_plan
@@ -11,6 +11,7 @@ from lcattn.ops.merging import merge
 from lcattn.typing import Array, Float
 
 
+@sharding.partitioned
 def block_sparse_attention(
     q: Float[Array, "B T N F"],
     k: Float[Array, "B S K F"],

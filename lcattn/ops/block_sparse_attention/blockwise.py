@@ -100,7 +100,7 @@ def _forward(layout, scale, is_part, q, k, v, lists, begin, end):
 
         rows = jnp.zeros(q.shape[:-1], dtype) + zero
         start = (rows[..., None] + jnp.zeros(v.shape[-1], dtype), rows, rows - jnp.inf)
-        out, total, highest = lax.fori_loop(0, lists.count.max(), entry, start)
+        out, total, highest = lax.fori_loop(0, lists.count.max(initial=0), entry, start)
         empty = total == 0
         safe = jnp.where(empty, 1, total)
         lse = jnp.where(empty, -jnp.inf, highest + jnp.log(safe))
@@ -140,7 +140,7 @@ def _backward(layout, scale, is_part, residuals, cotangents):
             return dq, dk, dv
 
         start = (jnp.zeros(q.shape, dtype) + zero, *sums)
-        dq, *sums = lax.fori_loop(0, lists.count.max(), entry, start)
+        dq, *sums = lax.fori_loop(0, lists.count.max(initial=0), entry, start)
         return tuple(sums), dq.astype(q.dtype)
 
     start = tuple(jnp.zeros(x.shape, dtype) + zero for x in (k, v))
@@ -167,5 +167,5 @@ def _exp_below(x: Array) -> Array:
 
 
 def _zero(dtype: jnp.dtype, *arrays: Array) -> Array:
-    zeros = (jnp.zeros_like(x.reshape(-1)[0], dtype) for x in arrays)
+    zeros = (jnp.zeros_like(x.reshape(-1)[:1].sum(), dtype) for x in arrays)
     return functools.reduce(jnp.add, zeros)

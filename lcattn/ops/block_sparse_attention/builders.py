@@ -15,6 +15,7 @@ from lcattn.errors import argument_error
 from lcattn.ops.block_sparse_attention.plan import BLOCK, BlockPlan
 from lcattn.ops.block_sparse_attention.tiles import Tiles
 from lcattn.ops.checks import check_segment_ids, check_size
+from lcattn.ops.sharding import partitioned
 from lcattn.ops.visibility import Visibility, visibility
 from lcattn.typing import Array, Bool, Float, SegmentIds
 
@@ -38,6 +39,7 @@ def causal_plan(
     return plan_of_rule(seen, query_block=query_block, key_block=key_block)
 
 
+@partitioned
 def sliding_window_plan(
     num_keys: int,
     window: int | Sequence[int],
@@ -74,6 +76,7 @@ def sliding_window_plan(
     )
 
 
+@partitioned
 def document_plan(
     segment_ids: SegmentIds,
     *,
@@ -100,6 +103,7 @@ def document_plan(
     return plan_of_rule(seen, query_block=query_block, key_block=key_block, window=window)
 
 
+@partitioned
 def block_mask_plan(
     mask: Bool[Array, "b h m n"],
     num_keys: int,
@@ -127,6 +131,7 @@ def block_mask_plan(
     return _plan(chosen, seen, query_block, key_block)
 
 
+@partitioned
 def top_blocks_plan(
     scores: Float[Array, "b h m n"],
     num_blocks: int,

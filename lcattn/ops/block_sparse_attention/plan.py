@@ -6,6 +6,7 @@ from typing import NamedTuple, no_type_check
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from lcattn.ops.block_sparse_attention.tiles import Tiles, spread
 from lcattn.ops.visibility import Visibility
@@ -112,7 +113,7 @@ class BlockPlan:
     def transposed(self) -> "TransposedLists":
         """Who reads each block of keys."""
         keys = jnp.where(self.listed(), self.blocks, self.num_key_blocks)
-        keys = keys.reshape(*keys.shape[:2], -1).astype(jnp.int32)
+        keys = lax.collapse(keys, 2).astype(jnp.int32)
         entries = jnp.argsort(keys, axis=-1, stable=True).astype(jnp.int32)
         edges = jnp.arange(self.num_key_blocks + 1, dtype=jnp.int32)
         search = jax.vmap(jax.vmap(lambda x: jnp.searchsorted(x, edges)))

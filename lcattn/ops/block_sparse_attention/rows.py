@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from lcattn.ops import dispatch
 from lcattn.ops.block_sparse_attention.plan import BlockPlan
@@ -52,14 +53,14 @@ class Layout(NamedTuple):
         x = jnp.moveaxis(x.reshape(*x.shape[:2], self.heads, self.members, *x.shape[3:]), 1, -1)
         x = whole_blocks(x, self.block)  # [B,P,members,...,m,block]
         x = jnp.moveaxis(jnp.moveaxis(x, -2, 0), -1, 4)  # [m,B,P,members,block,...]
-        return x.reshape(*x.shape[:3], -1, *x.shape[5:])
+        return lax.collapse(x, 3, 5)
 
     def unrows(self, x: Array) -> Array:
         """`[m,B,P,r,...] -> [B,T,N,...]`."""
         m, B = x.shape[:2]
         x = x.reshape(m, B, self.heads, self.members, self.block, *x.shape[4:])
         x = jnp.moveaxis(jnp.moveaxis(x, 0, 1), 4, 2)  # [B,m,block,P,members,...]
-        return x.reshape(B, m * self.block, -1, *x.shape[5:])[:, : self.length]
+        return lax.collapse(lax.collapse(x, 3, 5), 1, 3)[:, : self.length]
 
     def positions(self, queries: Array) -> Array:
         """`[b,h,T] -> [m,b,h,r]`; queries added to fill the last block are like its last one."""
@@ -69,11 +70,11 @@ class Layout(NamedTuple):
     def turns(self, x: Array) -> Array:
         """`[m,...] -> [turns,at_once,...]`, filled up with zeros."""
         x = jnp.pad(x, ((0, -len(x) % self.at_once),) + ((0, 0),) * (x.ndim - 1))
-        return x.reshape(-1, self.at_once, *x.shape[1:])
+        return x.reshape(len(x) // self.at_once, self.at_once, *x.shape[1:])
 
     def unturns(self, x: Array, m: int) -> Array:
         """Undoes `turns`."""
-        return x.reshape(-1, *x.shape[2:])[:m]
+        return lax.collapse(x, 0, 2)[:m]
 
     def spread(self, x: Array, rows: int) -> Array:
         """`[R,b,h,...] -> [R,B,P,...]`."""

@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 import jax.numpy as jnp
+from jax import lax
 
 from lcattn.ops.blocks import pad
 from lcattn.ops.visibility import NEVER, Visibility
@@ -44,7 +45,7 @@ class Tiles(NamedTuple):
 
     def at(self, blocks: Int[Array, "b h m e"]) -> "Tiles":
         """Those of each pair of a block of queries and the e-th block of keys listed for it."""
-        flat = blocks.reshape(*blocks.shape[:2], -1)
+        flat = lax.collapse(blocks, 2)
 
         def take(x: Array) -> Array:
             return jnp.take_along_axis(x, flat, axis=-1, mode="clip").reshape(blocks.shape)
@@ -68,7 +69,7 @@ class Tiles(NamedTuple):
 def whole_blocks(x: Array, block: int, **options) -> Array:
     """`[..., T] -> [..., m, block]`, padded as `jnp.pad` does with `options`."""
     x = pad(x, block, x.ndim - 1, **options)
-    return x.reshape(*x.shape[:-1], -1, block)
+    return x.reshape(*x.shape[:-1], x.shape[-1] // block, block)
 
 
 def spread(x: Array, rows: int, heads: int, axis: int = 0) -> Array:

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 
 from lcattn.errors import argument_error
-from lcattn.ops import checks, dispatch
+from lcattn.ops import checks, dispatch, sharding
 from lcattn.ops.block_sparse_attention import visible
 from lcattn.ops.core_context_attention import groups
 from lcattn.ops.core_context_attention.groups import Cores, Views
@@ -14,6 +14,7 @@ from lcattn.ops.visibility import Visibility
 from lcattn.typing import Array, Float, SegmentIds
 
 
+@sharding.partitioned
 def core_context_attention(
     q: Float[Array, "B T N F"],
     k: Float[Array, "B S K F"],

@@ -1,6 +1,6 @@
 """The public op: arguments, checks and the choice of an implementation."""
 
-from lcattn.ops import checks, dispatch, recurrence
+from lcattn.ops import checks, dispatch, recurrence, sharding
 from lcattn.ops.decay import check_log_decay, forget_at_documents
 from lcattn.ops.gated_linear_attention import chunked, gpu_kernel, recurrent, tpu_kernel
 from lcattn.typing import Array, Float, SegmentIds
@@ -20,6 +20,7 @@ dispatch.declare(
 )
 
 
+@sharding.partitioned
 def gated_linear_attention(
     q: Float[Array, "B T N F"],
     k: Float[Array, "B S K F"],

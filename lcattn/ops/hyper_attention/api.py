@@ -20,6 +20,7 @@ from lcattn.ops.visibility import visibility
 from lcattn.typing import Array, Float, Key, PRNGKeyArray, SegmentIds
 
 
+@sharding.partitioned
 def hyper_attention(
     q: Float[Array, "B T N F"],
     k: Float[Array, "B S K F"],
@@ -133,21 +134,18 @@ def hyper_attention(
             implementation=implementation,
         )  # fmt: skip
 
-    def estimate(q, k, v, planes, segment_ids, rng):
-        drawn = draw(rng, planes, sizes=sizes, num_projections=num_projections)
-        most, r = most_projections(min_seq_len), drawn.planes.shape[1]
-        if r > most:
-            expected = f"at most {most}, by min_seq_len={min_seq_len}"
-            raise argument_error("num_projections", expected, r)
-        cuts = {"min_seq_len": min_seq_len, "block_size": block_size}
-        if causal:
-            groups, bounds = causal_groups(sizes.S, segment_ids, **cuts)
-        else:
-            groups, bounds = document_groups(sizes.T, sizes.S, segment_ids, **cuts)
-        leaf = min_seq_len if causal and segment_ids is None else None
-        return run(q, k, v, drawn, groups, bounds, leaf, options)
-
-    out, lse = sharding.like_queries(estimate)(q, k, v, planes, segment_ids, rng)
+    drawn = draw(rng, planes, sizes=sizes, num_projections=num_projections)
+    most, r = most_projections(min_seq_len), drawn.planes.shape[1]
+    if r > most:
+        expected = f"at most {most}, by min_seq_len={min_seq_len}"
+        raise argument_error("num_projections", expected, r)
+    cuts = {"min_seq_len": min_seq_len, "block_size": block_size}
+    if causal:
+        groups, bounds = causal_groups(sizes.S, segment_ids, **cuts)
+    else:
+        groups, bounds = document_groups(sizes.T, sizes.S, segment_ids, **cuts)
+    leaf = min_seq_len if causal and segment_ids is None else None
+    out, lse = run(q, k, v, drawn, groups, bounds, leaf, options)
     return (out.astype(q.dtype), lse) if return_lse else out.astype(q.dtype)
 
 

@@ -22,6 +22,7 @@ import math
 from typing import NamedTuple
 
 import jax.numpy as jnp
+from jax import lax
 
 from lcattn.ops.block_sparse_attention import BlockPlan, block_sparse_part, gpu_kernel
 from lcattn.ops.block_sparse_attention.plan import BLOCK
@@ -50,29 +51,27 @@ def attend(
 
     The arrays of `plan` have axes `[B,K,N/K,...]`.
     """
-    (B, T, N, _), K, L = q.shape, k.shape[2], plan.place.shape[-2]
+    (B, _, N, _), K = q.shape, k.shape[2]
     samples, dtype = _Samples.of(plan, options), accumulation_dtype(q.dtype)
 
-    def heads(x: Array, *shape: int) -> Array:
-        return x.reshape(B, N, *shape)
-
-    def key_heads(x: Array) -> Array:
-        """Blocks, which are alike for the query heads of a group."""
-        return x[:, :, 0].reshape(B, K, -1)
+    def heads(x: Array) -> Array:
+        return lax.collapse(x, 1, 3)
 
     def lay_out(x: Array) -> Array:
-        sampled = samples.places.reshape(B, K, -1)
-        rows = rearrange_and_sample(x, key_heads(plan.keys), plan.key_place[:, :, 0], sampled)
-        return rows.reshape(B * K, -1, 1, x.shape[-1])
+        # Blocks are alike for the query heads of a group.
+        keys, sampled = (lax.collapse(x, 2) for x in (plan.keys[:, :, 0], samples.places))
+        rows = rearrange_and_sample(x, keys, plan.key_place[:, :, 0], sampled)
+        return lax.collapse(rows, 0, 2)[:, :, None]
 
-    place, readers = heads(plan.place, L, T), heads(plan.readers, -1)
-    chunks = rearrange(q, heads(plan.queries(), -1), place)
+    place = heads(plan.place)
+    readers, queries = (lax.collapse(heads(x), 2) for x in (plan.readers, plan.queries()))
+    chunks = rearrange(q, queries, place)
     chunks = jnp.swapaxes(chunks.reshape(B * K, N // K, *chunks.shape[2:]), 1, 2)
     levels = block_sparse_part(
         chunks, lay_out(k), lay_out(v), block_plan(plan, samples, options, dtype),
         scale=options.scale,
     )  # fmt: skip
-    out, lse = (heads(jnp.swapaxes(x, 1, 2), -1, *x.shape[3:]) for x in levels)
+    out, lse = (jnp.swapaxes(x, 1, 2).reshape(B, N, x.shape[1], *x.shape[3:]) for x in levels)
     return merge_levels((out, lse), exact, place, readers)
 
 
@@ -140,8 +139,11 @@ def block_plan(plan: Plan, samples: _Samples, options: Options, dtype: jnp.dtype
     def rows(x: Array) -> Array:
         return x.reshape(B * K, G, *x.shape[3:])
 
-    key_exists = plan.keys[:, :, 0].reshape(B * K, 1, -1) < S
-    begin, end = (x.reshape(B * K, 1, -1) for x in (samples.begin, samples.end))
+    def edges(x: Array) -> Array:
+        return lax.collapse(lax.collapse(x, 2), 0, 2)[:, None]
+
+    key_exists = edges(plan.keys[:, :, 0]) < S
+    begin, end = edges(samples.begin), edges(samples.end)
     seen = Visibility(
         jnp.repeat(rows(jnp.where(is_used, plan.block, HIDDEN)), c, axis=-1),
         jnp.concatenate([jnp.zeros_like(key_exists, jnp.int32), begin], axis=-1),

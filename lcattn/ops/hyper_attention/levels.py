@@ -61,7 +61,8 @@ def _backward(residuals, gradients):
     g, d_total = gradients
     T = place.shape[-1]
     # d x = p (g · v - along) for the score x of a pair, whatever the level
-    along = inner(g, merged, lse.dtype) - d_total
+    products = inner(g, merged, lse.dtype) if g.size else total  # `inner` cuts rows into parts
+    along = products - d_total
 
     def of_part(g, along, total, lse):
         share = _share(lse, total)

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 from lcattn.errors import argument_error
-from lcattn.ops import checks, dispatch
+from lcattn.ops import checks, dispatch, sharding
 from lcattn.ops.linear_attention import chunked, features, gpu_kernel, recurrent, step, tpu_kernel
 from lcattn.ops.linear_attention.features import FeatureMap
 from lcattn.ops.linear_attention.state import (
@@ -44,6 +44,7 @@ dispatch.declare(
 )
 
 
+@sharding.partitioned
 def linear_attention(
     q: Float[Array, "B T N F"],
     k: Float[Array, "B S K F"],

@@ -5,7 +5,7 @@ import functools
 import jax.numpy as jnp
 
 from lcattn.errors import argument_error
-from lcattn.ops import checks, dispatch
+from lcattn.ops import checks, dispatch, sharding
 from lcattn.ops.linear_attention import chunked, features, recurrent
 from lcattn.ops.linear_attention.features import FeatureMap
 from lcattn.ops.linear_attention.state import (
@@ -26,6 +26,7 @@ dispatch.declare(
 )
 
 
+@sharding.partitioned
 def prefix_linear_attention(
     q: Float[Array, "B T N F"],
     k: Float[Array, "B S K F"],

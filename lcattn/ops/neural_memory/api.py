@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lcattn.errors import argument_error
-from lcattn.ops import checks, dispatch, recurrence
+from lcattn.ops import checks, dispatch, recurrence, sharding
 from lcattn.ops.neural_memory import chunked, gpu_kernel, reference, tpu_kernel
 from lcattn.ops.neural_memory.network import Activation, resolve_activation
 from lcattn.ops.neural_memory.state import NeuralMemoryState, check_state, neural_memory_state
@@ -34,6 +34,7 @@ dispatch.declare(
 )
 
 
+@sharding.partitioned
 def neural_memory(
     q: Float[Array, "B T N F"],
     k: Float[Array, "B S K F"],

@@ -99,7 +99,7 @@ def _between(gates: Float[Array, "*M C"]) -> Float[Array, "*M C C"]:
     size = gates.shape[-1]
     if size % BLOCK or size <= 2 * BLOCK:
         return _between_few(gates)
-    blocks = gates.reshape(*gates.shape[:-1], -1, BLOCK)
+    blocks = gates.reshape(*gates.shape[:-1], size // BLOCK, BLOCK)
     inside = _between_few(blocks)
     from_start, to_end = lax.cumprod(blocks, axis=blocks.ndim - 1), inside[..., -1, :]
     over = _between_few(from_start[..., -1])[..., :-1, :]

@@ -4,7 +4,7 @@ import functools
 from collections.abc import Callable
 
 from lcattn.errors import argument_error
-from lcattn.ops import checks, dispatch
+from lcattn.ops import checks, dispatch, sharding
 from lcattn.ops.block_sparse_attention import visible
 from lcattn.ops.routing_attention import clusters, lists, members
 from lcattn.ops.routing_attention.state import (
@@ -19,6 +19,7 @@ from lcattn.ops.visibility import Visibility
 from lcattn.typing import Array, Float, SegmentIds
 
 
+@sharding.partitioned
 def routing_attention(
     q: Float[Array, "B T N F"],
     v: Float[Array, "B T K H"],

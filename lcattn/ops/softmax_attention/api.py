@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 
 from lcattn.errors import argument_error
-from lcattn.ops import checks, dispatch
+from lcattn.ops import checks, dispatch, sharding
 from lcattn.ops.block_sparse_attention import visible
 from lcattn.ops.softmax_attention import block_sparse, chunked, cudnn, dense
 from lcattn.ops.softmax_attention.alibi import Alibi
@@ -23,6 +23,7 @@ dispatch.declare(
 )
 
 
+@sharding.partitioned
 def softmax_attention(
     q: Float[Array, "B T N F"],
     k: Float[Array, "B S K F"],

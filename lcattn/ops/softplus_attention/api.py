@@ -5,7 +5,7 @@ import math
 import jax.numpy as jnp
 
 from lcattn.errors import argument_error
-from lcattn.ops import checks, dispatch
+from lcattn.ops import checks, dispatch, sharding
 from lcattn.ops.softplus_attention import chunked, dense, gpu_kernel, step, tpu_kernel
 from lcattn.ops.softplus_attention.rows import Reweighting, Rows
 from lcattn.ops.visibility import visibility
@@ -27,6 +27,7 @@ dispatch.declare(
 )
 
 
+@sharding.partitioned
 def softplus_attention(
     q: Float[Array, "B T N F"],
     k: Float[Array, "B S K F"],
