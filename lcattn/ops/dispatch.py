@@ -129,10 +129,11 @@ def no_hopper() -> str | None:
 
 
 def on_one_device() -> bool:
-    """Whether kernels may be taken unasked: for one device, outside `shard_map` and explicit axes.
+    """Whether kernels may be taken unasked: for one device, outside `shard_map`.
 
     Compilers cannot partition kernels, nor does JAX know how their results vary over a mesh: there
-    they belong inside `shard_map(..., check_vma=False)`, and only who writes that can tell.
+    they belong inside `shard_map(..., check_vma=False)`, and only who writes that can tell. Ops see
+    explicit axes as automatic ones (`lcattn.ops.sharding`).
     """
     axes = jax.sharding.get_abstract_mesh().axis_types
     return jax.device_count() == 1 and all(axis is AxisType.Auto for axis in axes)

@@ -7,13 +7,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import PartitionSpec
 
 from lcattn.nn import Mixer, MixerConfig
 from lcattn.nn.mixer import check_stream, default_positions
+from lcattn.ops.sharding import partitioned
 from lcattn.testing import conformance
 from lcattn.traits import Traits
 
 
+@partitioned
 def gated_sum(q, k, v, *, causal=True, segment_ids=None, implementation=None):
     """`sigmoid(sum(q_t)) * sum over s <= t of tanh(sum(k_s)) v_s`, within a document."""
     assert causal
@@ -68,6 +71,15 @@ def _adds_a_wide_constant(q, k, v, **options):
     return gated_sum(q, k, v, **options) + jnp.zeros(1, jax.dtypes.canonicalize_dtype(float))
 
 
+def _makes_up_a_row(q, k, v, **options):
+    return gated_sum(q, k, v, **options) if len(q) else jnp.zeros((1, *q.shape[1:]), q.dtype)
+
+
+def _gathers(q, k, v, **options):
+    out = gated_sum(q, k, v, **options)
+    return jax.sharding.reshard(out, PartitionSpec()) if jax.typeof(out).sharding.spec[0] else out
+
+
 FAULTS = {
     "values": lambda *inputs, **options: 1.001 * gated_sum(*inputs, **options),
     "gradients": lambda q, *kv, **options: gated_sum(jax.lax.stop_gradient(q), *kv, **options),
@@ -77,8 +89,10 @@ FAULTS = {
     "padding": _writes_to_padding,
     "grouped-queries": _confuses_heads,
     "sizes": lambda q, *kv, **options: gated_sum(q, *kv, **options) * (1 if len(q[0]) < 999 else 2),
+    "empty-batch": _makes_up_a_row,
     "bfloat16": lambda *inputs, **options: gated_sum(*inputs, **options).astype(jnp.float32),
     "extremes": _overflows,
+    "explicit-axes": _gathers,
     "x64": _adds_a_wide_constant,
 }
 

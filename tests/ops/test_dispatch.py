@@ -79,6 +79,16 @@ def test_inside_shard_map_kernels_run_only_when_named(chosen, name):
         assert chosen(sharded, heads(1, T)) == "xla"
 
 
+@pytest.mark.parametrize("name", KERNELS)
+def test_explicit_axes_of_one_device_are_no_hindrance(chosen, name):
+    op, T, _ = KERNELS[name]
+    mesh = jax.make_mesh((1,), ("data",), devices=jax.devices()[:1])
+    rows = jax.NamedSharding(mesh, PartitionSpec("data"))
+    with jax.set_mesh(mesh):
+        placed = jax.ShapeDtypeStruct((1, T, 1, 64), jnp.bfloat16, sharding=rows)
+        assert chosen(op, placed) in {"mosaic_gpu", "block_sparse"}
+
+
 def test_on_several_devices_kernels_run_only_when_named(chosen, monkeypatch):
     monkeypatch.setattr(jax, "device_count", lambda: 2)
     assert {chosen(op, heads(1, T)) for op, T, _ in KERNELS.values()} == {"xla"}

@@ -49,8 +49,9 @@ def arrays(op, dtype):
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def values_and_gradients(name, implementation, arrays):
     op, options, _ = CASES[name]
+    ids = jnp.asarray(IDS[: len(arrays[0])])
     call = functools.partial(
-        getattr(ops, op), **options, segment_ids=jnp.asarray(IDS), implementation=implementation
+        getattr(ops, op), **options, segment_ids=ids, implementation=implementation
     )
     if op == "routing_attention":
         centroids = jax.random.normal(jax.random.key(0), (4, 3, 4))
@@ -81,6 +82,13 @@ def test_they_are_what_they_mean(name, dtype):
         tolerance = 1e-12 if dtype == "float64" else 1e-2
         assert np.linalg.norm(x - y) <= tolerance * np.linalg.norm(y)
         assert not np.any(x[IDS < 0])
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_batch_may_be_empty(name):
+    empty = [x[:0] for x in arrays(CASES[name][0], "float32")]
+    found = jax.eval_shape(functools.partial(values_and_gradients, name, "block_sparse"), empty)
+    assert {len(x) for x in jax.tree.leaves(found)} == {0}
 
 
 @pytest.mark.parametrize("implementation", ["xla", "block_sparse"])

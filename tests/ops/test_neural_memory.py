@@ -248,6 +248,12 @@ def test_bad_input(change, words):
 
 
 @pytest.mark.usefixtures("no_type_hook")
+def test_a_batch_may_be_empty():
+    """Long chunks too, whose gates are multiplied block by block."""
+    out = jax.eval_shape(run, inputs(65, B=0), segment_ids=jnp.zeros((0, 65), jnp.int32))
+    assert out.shape == (0, 65, 2, 4)
+
+
 def test_a_state_that_does_not_fit():
     arguments = jax.tree.map(jnp.asarray, inputs(3))
     for weights, batch, words in (

@@ -17,14 +17,18 @@ any test runner::
     def test_decayed_mean(name, check):
         check()
 
+An op whose steps JAX cannot shard by itself on explicit axes is decorated with
+`lcattn.ops.sharding.partitioned`, as the library's own are.
+
 A mixer (`lcattn.nn.Mixer`) brings its own description: its traits say what it promises, and
 `mixer_checks(MixerCase(name=..., config=...))` yields a check of each promise.
 
 What is checked of an op: values against the oracle and gradients against the plainest
 implementation (and of that, against finite differences of the oracle), in float64, at lengths
 around a chunk; causality by gradient and by perturbation; packing and padding; the state between
-calls; grouped queries; ragged lengths and head sizes; narrow dtypes and extreme inputs; `jit`,
-`vmap`, `checkpoint`, `scan`, `shard_map`, x64, no second trace and no host transfer.
+calls; grouped queries; ragged lengths and head sizes, an empty batch; narrow dtypes and extreme
+inputs; `jit`, `vmap`, `checkpoint`, `scan`, `shard_map`, meshes with explicit axes, x64, no second
+trace and no host transfer.
 
 Of a mixer: the law of streaming over random cuts, under `jit` and `scan`; causality; packing and
 positions; the state's size, structure and limits; memory that grows with T and not T²; bfloat16;

@@ -58,6 +58,7 @@ def _sizes(case: OpCase) -> Iterator[tuple]:
         # The gradients of short ragged lengths are compared above, to the last digits.
         yield "sizes", values.check_sizes, sizes, {"gradients": length == 1000}
     ragged = case.sizes_at(2 * case.chunk + 1)
+    yield "empty-batch", values.check_empty, case.sizes_at(2 * case.chunk + 1, B=0)
     yield "float16", values.check_low_precision, ragged, {"dtype": "float16"}
     if "K" in ragged:
         yield "grouped-queries", values.check_grouped_queries, ragged
@@ -71,4 +72,5 @@ def _transforms(case: OpCase) -> Iterator[tuple]:
     yield "compiled-once", transforms.check_compiled_once, ragged
     yield "vmap-checkpoint-scan", transforms.check_mapped, ragged
     yield "shard_map", transforms.check_sharded, ragged
+    yield "explicit-axes", transforms.check_explicit, ragged
     yield "x64", transforms.check_x64, ragged

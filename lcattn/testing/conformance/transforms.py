@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from lcattn.testing.conformance.cases import OpCase, Sizes
 from lcattn.testing.conformance.compare import assert_close, assert_identical
@@ -69,29 +69,58 @@ def check_mapped(case: OpCase, implementation: str | None, sizes: Sizes) -> None
 
 def check_sharded(case: OpCase, implementation: str | None, sizes: Sizes) -> None:
     """`shard_map` over batch and heads on all devices, with its checks on: values and gradients."""
-    devices = jax.device_count()
-    heads = math.gcd(sizes.get("K", 1), devices)
-    batch = math.gcd(sizes["B"], devices // heads)
-    mesh = jax.make_mesh(
-        (batch, heads), ("batch", "heads"), axis_types=(AxisType.Auto,) * 2,
-        devices=jax.devices()[: batch * heads],
-    )  # fmt: skip
-    mesh_axes = {"B": "batch", "N": "heads", "K": "heads"}
-
-    def spec(axes):
-        return PartitionSpec(*(mesh_axes.get(letter) for letter in axes.split()))
-
     sharded = jax.shard_map(
         lambda inputs: case(inputs, implementation=implementation),
-        mesh=mesh,
-        in_specs=({name: spec(axes) for name, axes in case.inputs.items()},),
-        out_specs=spec(case.output),
+        mesh=_mesh(sizes, AxisType.Auto),
+        in_specs=({name: _spec(axes) for name, axes in case.inputs.items()},),
+        out_specs=_spec(case.output),
     )
     inputs = case.make_inputs(sizes)
     run = jax.jit(lambda inputs, cotangent: value_and_gradients(sharded, inputs, cotangent))
     found = run(cast(inputs, "float32"), jnp.float32(make_cotangent(case, inputs)))
     expected = execute(case, implementation, inputs, dtype="float32")
     assert_close("(output, gradients)", found, tuple(expected), _TOLERANCE)
+
+
+def check_explicit(case: OpCase, implementation: str | None, sizes: Sizes) -> None:
+    """Packed rows over explicit axes of batch and heads: outputs are sharded so, gradients exist.
+
+    Traced only: that is where JAX refuses. Compilers then do what they do with automatic axes.
+    """
+    mesh = _mesh(sizes, AxisType.Explicit)
+
+    def placed(axes, dtype=jnp.float32):
+        shape = tuple(sizes[letter] for letter in axes.split())
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, _spec(axes)))
+
+    def run(inputs, ids):
+        out, pull_back = jax.vjp(
+            lambda inputs: case(inputs, segment_ids=ids, implementation=implementation), inputs
+        )
+        return out, pull_back(out)
+
+    inputs = {name: placed(axes) for name, axes in case.inputs.items()}
+    with jax.set_mesh(mesh):
+        out, _ = jax.eval_shape(run, inputs, placed("B T", jnp.int32))
+    if out.sharding.spec != _spec(case.output):
+        found = f"sharded as {out.sharding.spec}, expected {_spec(case.output)}"
+        raise AssertionError(f"output {found}")
+
+
+def _mesh(sizes: Sizes, axis_type: AxisType) -> Mesh:
+    """Devices for batch and heads, as many as divide both."""
+    devices = jax.device_count()
+    heads = math.gcd(sizes.get("K", 1), devices)
+    batch = math.gcd(sizes["B"], devices // heads)
+    return jax.make_mesh(
+        (batch, heads), ("batch", "heads"), (axis_type,) * 2, devices=jax.devices()[: batch * heads]
+    )
+
+
+def _spec(axes: str) -> PartitionSpec:
+    """Where arrays of these axes lie on that mesh."""
+    mesh_axes = {"B": "batch", "N": "heads", "K": "heads"}
+    return PartitionSpec(*(mesh_axes.get(letter) for letter in axes.split()))
 
 
 def check_x64(case: OpCase, implementation: str | None, sizes: Sizes) -> None:

@@ -1,15 +1,19 @@
 """Values against the oracle, gradients against the plainest implementation and the oracle."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from lcattn.testing.conformance.cases import OpCase, Sizes
 from lcattn.testing.conformance.compare import assert_close, assert_finite
 from lcattn.testing.conformance.execution import (
+    as_ids,
+    cast,
     evaluate,
     execute,
     make_cotangent,
     padded,
+    program,
     repeated,
 )
 
@@ -93,6 +97,16 @@ def check_sizes(case: OpCase, implementation: str | None, sizes: Sizes, *, gradi
         out = evaluate(case, implementation, inputs, dtype="float32")
     expected = case.oracle(inputs, None, causal=True)
     assert_close("output", out, expected, case.value_tolerance["float32"])
+
+
+def check_empty(case: OpCase, implementation: str | None, sizes: Sizes) -> None:
+    """No rows give no rows, packed, and gradients; traced only, as shapes are what goes wrong."""
+    inputs, ids = case.make_inputs(sizes), np.zeros((0, sizes["T"]))
+    cotangent = make_cotangent(case, inputs)
+    arguments = cast(inputs, "float32"), as_ids(ids), jnp.float32(cotangent)
+    out, _ = jax.eval_shape(program(case, implementation), *arguments)
+    if out.shape[0]:
+        raise AssertionError(f"output shape {out.shape}, expected no rows")
 
 
 def check_low_precision(
