@@ -17,9 +17,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-# A cache of all streams is half of a GPU's memory: no pool may hold on to what one model has left.
-os.environ.setdefault("XLA_PYTHON_CLIENT_ALLOCATOR", "platform")
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -140,6 +137,8 @@ def _seconds(program: Any, parameters: Any, prompt: jax.Array, repeats: int) -> 
 
 def main() -> None:
     """Measures both models and writes the record."""
+    # A cache of all streams is half of a GPU's memory: no pool may keep what the other model left.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_ALLOCATOR", "platform")
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--size", choices=_SIZES, default="1.3b")
     parser.add_argument("--repeats", type=int, default=1, help="runs, of which the best counts")

@@ -149,18 +149,21 @@ def test_the_op_says_what_the_kernels_need():
         neural_memory(**inputs(1, 64, 1, 1, (64,)), implementation="mosaic_gpu")
 
 
-def test_long_sequences_take_the_kernels_unasked(monkeypatch):
+def test_what_was_timed_takes_the_kernels_unasked(monkeypatch):
     monkeypatch.setattr(dispatch, "on_hopper", lambda: True)
 
-    def chosen(devices=1, *, T=2048, continued=False, dtype=jnp.bfloat16):
+    def chosen(devices=1, *, T=2048, F=64, packed=False, continued=False, dtype=jnp.bfloat16):
         monkeypatch.setattr(jax, "device_count", lambda: devices)
         return dispatch.best(
-            "neural_memory", sizes=checks.Sizes(B=1, T=T, S=T, N=1, K=1, F=64, H=64),
+            "neural_memory", sizes=checks.Sizes(B=1, T=T, S=T, N=1, K=1, F=F, H=F),
             dtype=jnp.dtype(dtype),
-            weights=[jnp.zeros((1, 64, 64))], chunk=64, activation="gelu",
-            packed=True, continued=continued,
+            weights=[jnp.zeros((1, F, F))], chunk=64, activation="gelu",
+            packed=packed, continued=continued,
         )  # fmt: skip
 
     assert chosen() == "mosaic_gpu"
-    others = chosen(2), chosen(T=2047), chosen(continued=True), chosen(dtype=jnp.float32)
-    assert others == ("xla",) * 4
+    others = [
+        chosen(2), chosen(T=2047), chosen(F=128), chosen(packed=True), chosen(continued=True),
+        chosen(dtype=jnp.float32),
+    ]  # fmt: skip
+    assert others == ["xla"] * 6

@@ -122,11 +122,12 @@ def objection(
     ) or dispatch.no_grid(sizes.B)  # fmt: skip
 
 
-def pays(*, sizes: Sizes, continued: bool, **call) -> bool:
+def pays(*, sizes: Sizes, continued: bool, packed: bool, **call) -> bool:
     """Whether the kernels are the better choice where they can serve, as an H200 found.
 
-    Keys of 64 in rows of one document were timed there: benchmarks/h200. Keys of 128 and packed
-    documents were only checked, as were states to go on from, the rest of whose chunk is XLA's.
+    What was timed there: rows of one document, keys of 64. Keys of 128, packed documents and states
+    to go on from were only checked.
     """
     del call
-    return sizes.T >= _PAYS_FROM and not continued and dispatch.on_one_device()
+    timed = sizes.F == 64 and not packed and not continued
+    return timed and sizes.T >= _PAYS_FROM and dispatch.on_one_device()
