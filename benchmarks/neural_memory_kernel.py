@@ -219,7 +219,7 @@ CASES = [
     Case(4, 8192, hidden=64),
     Case(4, 8192, N=2, M=2, H=128, hidden=512),
     Case(4, 8192, N=2, M=2, H=128, hidden=None),
-    # Last: a profile of XLA's form, which skips empty windows, may fail.
+    # XLA's form skips empty windows, so that it may have to be profiled call by call.
     Case(4, 8192, documents=10),
 ]
 

@@ -169,7 +169,7 @@ def test_other_sizes_are_padded_and_cut_into_blocks(monkeypatch, F, H, served, b
         for form in (gpu_kernel, recurrent)
     )
     for x, y in zip(found, expected, strict=True):
-        np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5)
 
 
 def test_the_op_says_what_the_kernels_need():

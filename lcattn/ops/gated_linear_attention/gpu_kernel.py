@@ -16,9 +16,9 @@ _PAYS_FROM = 256
 
 _SMALL, _LARGE = 64, 128
 
-# Tokens of a chunk, all of which are one axis of the gradient's grid, and more chunks there than
-# fill up the last group of every row.
-_CHUNK, _FILLING = 64, 512
+# All chunks are one axis of the gradient's grid; fewer than these fill up the last group of each
+# row, over all rows.
+_FILLING = 512
 
 
 def attend(
@@ -77,9 +77,10 @@ def objection(*, sizes: Sizes, dtype: jnp.dtype, scale: float, **call) -> str | 
         return "needs a scale other than 0"
     # Imported where it can run: it takes longer to import than the rest of the ops.
     from pallas_kernels.gated_linear_attention import mosaic_gpu
+    from pallas_kernels.tiles import TILE
 
     f, h = served_sizes(sizes.F, sizes.H)
-    chunks = sizes.B * -(-sizes.T // _CHUNK)
+    chunks = sizes.B * -(-sizes.T // TILE)
     return mosaic_gpu.objection(dtype=dtype, F=f, H=h) or dispatch.no_grid(
         chunks + _FILLING if chunks else 0
     )

@@ -14,9 +14,6 @@ from lcattn.typing import Array
 # benchmarks/h200.
 _PAYS_FROM = 256
 
-# Values of a row that a CTA walks.
-_VALUES = 64
-
 attend = functools.partial(kernel.attend, "mosaic_gpu")
 
 
@@ -39,12 +36,13 @@ def objection(
         return "knows no feature map but its own"
     # Imported where it can run: it takes longer to import than the rest of the ops.
     from pallas_kernels.linear_attention import mosaic_gpu
+    from pallas_kernels.tiles import TILE
 
     # elu + 1 is applied outside; what is left is the identity.
     kind = "taylor" if feature_map == "taylor" else "identity"
     return mosaic_gpu.objection(
         feature_map=kind, dtype=dtype, F=sizes.F, H=sizes.H, scale=scale
-    ) or dispatch.no_grid(sizes.B * sizes.H // _VALUES)
+    ) or dispatch.no_grid(sizes.B * sizes.H // TILE)
 
 
 def pays(*, sizes: Sizes, chunk_size: int | None, **call) -> bool:
