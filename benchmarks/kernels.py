@@ -174,7 +174,7 @@ def times(compiled, *arrays, quick: bool = False) -> dict:
         calls.append(1e3 * (time.perf_counter() - start))
     total = float(np.median([sum(ms for _, ms in run) for run in runs]))
     return {
-        "kernels": kernels[:6], "kernel_ms": total,
+        "kernels": kernels[:16], "kernel_ms": total,
         "call_ms": float(np.median(calls)),
         "extra_megabytes": compiled.memory_analysis().temp_size_in_bytes / 1e6,
     }  # fmt: skip

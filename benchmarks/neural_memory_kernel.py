@@ -6,8 +6,9 @@ Of every shape, the output and all gradients, those of gates and network too, ar
 XLA form in float64 on fresh random inputs, after filling the memory that outputs are allocated from
 with NaN; a second call has to repeat the first bit by bit. Then forward, and forward and backward,
 are timed: the sum of the kernels of one call (CUPTI, median of 9), and the wall time of a call with
-its host work (median of 30). With projections, a call starts from tokens of that width: queries,
-keys and values of norm 1 and gates are made of them, and answers are projected back.
+its host work (median of 30). With projections, a call starts from tokens of that width, as the
+mixer does: one projection makes queries, keys and values, of norm 1, another the gates, and answers
+are projected back.
 """
 
 import argparse
@@ -78,13 +79,15 @@ class Case:
         hidden = () if self.hidden is None else (self.hidden,)
         network = [normal(self.M, i, o) / i**0.5 for i, o in itertools.pairwise((H, *hidden, H))]
         if self.projections is not None:
-            wide, width = H * (self.N + 2 * self.M) + 3 * self.M, self.projections
-            inwards, outwards = (
+            width = self.projections
+            inwards, gates, outwards = (
                 normal(i, o, dtype=jnp.bfloat16) / i**0.5
-                for i, o in ((width, wide), (H * self.N, width))
-            )
+                for i, o in (
+                    (width, H * (self.N + 2 * self.M)), (width, 3 * self.M), (H * self.N, width)
+                )
+            )  # fmt: skip
             tokens, g = (normal(self.B, self.T, width, dtype=jnp.bfloat16) for _ in range(2))
-            return tokens, inwards, outwards, network, g
+            return tokens, inwards, gates, outwards, network, g
         q, k, v, g = (
             unit(normal(self.B, self.T, heads, H)).astype(jnp.bfloat16)
             for heads in (self.N, self.M, self.M, self.N)
@@ -100,7 +103,7 @@ class Case:
         """What is checked: the output, and gradients of inputs and layers."""
         inputs = ["q", "k", "v", "learning_rate", "momentum", "decay"]
         if self.projections is not None:
-            inputs = ["tokens", "inwards", "outwards"]
+            inputs = ["tokens", "inwards", "gates", "outwards"]
         layers = ["first", "second"] if self.hidden else ["first"]
         return ["out", *(f"d_{name}" for name in (*inputs, *layers))]
 
@@ -117,11 +120,11 @@ class Case:
                 implementation=implementation,
             )  # fmt: skip
 
-        def projected(tokens, inwards, outwards, network):
-            shape, ends = tokens.shape[:2], np.cumsum([self.N, self.M, self.M]) * H
-            *heads, gates = jnp.split(tokens @ inwards, ends, axis=-1)
+        def projected(tokens, inwards, gates, outwards, network):
+            shape, ends = tokens.shape[:2], np.cumsum([self.N, self.M]) * H
+            heads = jnp.split(tokens @ inwards, ends, axis=-1)
             q, k, v = (unit(x.reshape(*shape, -1, H)) for x in heads)
-            gates = jax.nn.sigmoid(gates.astype(network[0].dtype) - 2)
+            gates = jax.nn.sigmoid((tokens @ gates).astype(network[0].dtype) - 2)
             rate, momentum, decay = jnp.split(gates, 3, axis=-1)
             out = run(q, k, v, rate * (1 - momentum) / CHUNK, momentum, decay / CHUNK, network)
             return out.reshape(*shape, -1) @ outwards

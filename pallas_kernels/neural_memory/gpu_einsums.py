@@ -10,8 +10,8 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.neural_memory.gpu_gates import Views, unpair
 from pallas_kernels.neural_memory.gpu_plan import Plan
-from pallas_kernels.neural_memory.gpu_read import Views
 from pallas_kernels.tiles import TILE
 
 _einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
@@ -31,11 +31,12 @@ def read(
     """
     (B, _, N, H), M = q.shape, views.kept.shape[1]
     b, f = (x[:, :, :, None, :, None] for x in (views.kept, views.carried))
+    written = unpair(views.written)[:, :, : b.shape[2], None]
     x = q.reshape(B, -1, TILE, M, N // M, H).transpose(0, 3, 1, 4, 2, 5)
     for layer, (key, stacked) in enumerate(zip(inputs, kept, strict=True)):
         if layer:
             x = plan.activate(x)[0].astype(q.dtype)
-        scores = -views.written[:, :, :, None] * _einsum("...gtf,...sf->...gts", x, key)
+        scores = -written * _einsum("...gtf,...sf->...gts", x, key)
         x = jnp.concatenate([part.astype(q.dtype) for part in (b * x, f * x, scores)], axis=-1)
         x = _einsum("...gtf,...fh->...gth", x, stacked)
     return x.transpose(0, 2, 4, 1, 3, 5).reshape(q.shape).astype(q.dtype)

@@ -5,9 +5,9 @@ import functools
 import jax
 
 from pallas_kernels.neural_memory import gpu_einsums as einsums
+from pallas_kernels.neural_memory.gpu_gates import Views
 from pallas_kernels.neural_memory.gpu_linear import linear_pull, linear_walk
 from pallas_kernels.neural_memory.gpu_plan import Course, Plan, pull_course
-from pallas_kernels.neural_memory.gpu_read import Views
 
 
 def answer(plan: Plan, q, k, v, shares, views: Views, starts, course: Course | None):

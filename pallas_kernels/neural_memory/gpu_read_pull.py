@@ -21,8 +21,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.neural_memory.gpu_gates import Views, place
 from pallas_kernels.neural_memory.gpu_plan import Course, Plan, anew, load, shared
-from pallas_kernels.neural_memory.gpu_read import Views
 from pallas_kernels.neural_memory.gpu_walk import Memories, send
 from pallas_kernels.tiles import ALONG_ROWS, TILE, WGMMA, over_columns, zeros
 
@@ -74,7 +74,7 @@ def read_pull(
             return over_columns(plgpu.load(view.at[here], layout=ALONG_ROWS, optimized=False))
 
         def written():
-            return plgpu.load(views.written.at[here], layout=WGMMA, optimized=False)
+            return plgpu.load(views.written.at[place(*here)], layout=WGMMA, optimized=False)
 
         def spread(targets, numbers):
             for target, view in zip(targets, (views.kept, views.carried), strict=True):
@@ -167,7 +167,7 @@ def read_pull(
         plgpu.commit_smem()
         d_written = -raw * products.product(grad, errors.transpose((1, 0)))
         d_written -= d_raw * products.product(query, key.transpose((1, 0)))
-        d_views.written[there] = d_written
+        d_views.written[place(*there)] = d_written
         d_query = products.accumulate(d_query, d_scores, key)
         d_errors = products.product(tile.transpose((1, 0)), grad)
         put(grad, products.product(d_scores.transpose((1, 0)), query))

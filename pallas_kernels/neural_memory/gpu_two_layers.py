@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.neural_memory import gpu_einsums as einsums
+from pallas_kernels.neural_memory.gpu_gates import Views
 from pallas_kernels.neural_memory.gpu_plan import Course, Plan, pull_course
 from pallas_kernels.neural_memory.gpu_pull import pull
-from pallas_kernels.neural_memory.gpu_read import Views, read
+from pallas_kernels.neural_memory.gpu_read import read
 from pallas_kernels.neural_memory.gpu_read_pull import read_pull
 from pallas_kernels.neural_memory.gpu_tokens import token_gradients
 from pallas_kernels.neural_memory.gpu_walk import Memories, walk

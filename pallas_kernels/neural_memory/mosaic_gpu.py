@@ -2,12 +2,12 @@ r"""Titans' neural memory of one or two layers for Hopper GPUs, in Pallas Mosaic
 
 Only the memory itself has to go from chunk to chunk. So that alone is a walk, of one cluster a
 memory, which leaves network, momentum and writes of every chunk in global memory (`gpu_walk`); all
-else is done for every chunk by itself: queries are answered (`gpu_read`), and coefficients of gates
-are XLA's. The gradient goes the same way back: chunks by themselves (`gpu_read_pull`), a walk in
+else is done for every chunk by itself: gates are multiplied (`gpu_gates`) and queries answered
+(`gpu_read`). The gradient goes the same way back: chunks by themselves (`gpu_read_pull`), a walk in
 reverse that carries the gradient of the memory (`gpu_pull`), and chunks by themselves for what
-follows from it for keys, values and gates (`gpu_tokens`). Of one layer (`gpu_linear`), and of keys
-and values of 128, only the walks are kernels; for chunks by themselves there are batched products
-of XLA then (`gpu_einsums`).
+follows from it for keys, values and gates (`gpu_tokens`, `gpu_gates`). Of one layer (`gpu_linear`),
+and of keys and values of 128, chunks by themselves are read, and pulled back, by batched products
+of XLA (`gpu_einsums`).
 
 Rows may hold documents, laid out in windows of 64 slots. Where one begins, a walk fetches the fresh
 network in place of its state; rows with fewer windows walk fewer (`gpu_plan.Course`).
@@ -24,14 +24,13 @@ momentum, their gradients and all sums but those of `gpu_pull` over a cluster ar
 
 import itertools
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels.neural_memory import gpu_one_layer, gpu_two_layers
+from pallas_kernels.neural_memory.gpu_gates import Gates, views_and_shares
 from pallas_kernels.neural_memory.gpu_plan import Course, Plan
-from pallas_kernels.neural_memory.gpu_read import Views
 from pallas_kernels.tiles import TILE
 
 Layers = tuple[jax.Array, ...]
@@ -48,7 +47,7 @@ def neural_memory(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    coefficients: Any,
+    gates: Gates,
     weights: Layers,
     momentum: Layers,
     course: Course | None = None,
@@ -62,9 +61,7 @@ def neural_memory(
       q: queries `[B,T,M,G,H]`, bfloat16; T is a multiple of 64.
       k: keys `[B,T,M,H]`.
       v: values `[B,T,M,H]`.
-      coefficients: what each token of a chunk of 64 sees, and what the chunk leaves behind, as
-        `lcattn.ops.neural_memory.coefficients` says: `kept` and `carried` `[B,M,n,64]`, `written`
-        `[B,M,n,64,64]`, `momentum` `[B,M,n]` and `pending` `[B,M,n,64]`.
+      gates: of its tokens, by chunks of 64.
       weights: the network before the first chunk in float32, `[B,M,H,F]` and `[B,M,F,H]`, or
         `[B,M,H,H]` alone.
       momentum: its momentum there.
@@ -86,15 +83,12 @@ def neural_memory(
         reason = f"take whole chunks of {TILE} tokens, not {q.shape[1]}"
     if reason is not None:
         raise ValueError(f"neural_memory: the mosaic_gpu kernels {reason}")
-    c, plan = coefficients, Plan(activation, interpret)
-    decays = jnp.stack([c.kept[..., -1], c.carried[..., -1], c.momentum], axis=-1)
-    decays = jnp.broadcast_to(decays[..., None], (*decays.shape, TILE))
-    shares = jnp.concatenate([c.written[..., -1:, :], c.pending[..., None, :], decays], axis=-2)
+    plan = Plan(activation, interpret)
+    views, shares = views_and_shares(plan, gates)
     if course is not None:
         shares = jnp.where(course.renews[:, None, :, None, None] > 0, 0, shares)
     heads = q.reshape(*q.shape[:2], -1, q.shape[-1])
     layers = gpu_one_layer if len(weights) == 1 else gpu_two_layers
-    views = Views(c.kept, c.carried, c.written)
     starts = tuple(itertools.chain(*zip(weights, momentum, strict=True)))
     out, ends, befores = layers.answer(plan, heads, k, v, shares, views, starts, course)
     return out.reshape(q.shape), ends[::2], ends[1::2], befores

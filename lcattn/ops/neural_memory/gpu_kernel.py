@@ -8,7 +8,6 @@ from lcattn.ops import dispatch
 from lcattn.ops.checks import Sizes
 from lcattn.ops.neural_memory import chunked
 from lcattn.ops.neural_memory.chunked import Tokens
-from lcattn.ops.neural_memory.coefficients import coefficients
 from lcattn.ops.neural_memory.network import Activation, name_of
 from lcattn.ops.neural_memory.state import NeuralMemoryState, select
 from lcattn.ops.neural_memory.windows import Windows, lay_out
@@ -47,12 +46,13 @@ def _aligned(
 ) -> tuple[Array, NeuralMemoryState]:
     """Sequences from their start; the rest of a chunk is XLA's."""
     from pallas_kernels.neural_memory import mosaic_gpu
+    from pallas_kernels.neural_memory.gpu_gates import Gates
 
     length = tokens.q.shape[1]
     whole = length - length % chunk
     q, k, v, *gates = (x[:, :whole] for x in tokens)
     out, weights, momentum, _ = mosaic_gpu.neural_memory(
-        q, k, v, coefficients(*_by_chunk(gates, chunk)), fresh.weights, fresh.momentum,
+        q, k, v, Gates(*_by_chunk(gates, chunk)), fresh.weights, fresh.momentum,
         activation=name_of(activate),
     )  # fmt: skip
     state = NeuralMemoryState(weights, momentum, weights, fresh.position)
@@ -74,6 +74,7 @@ def _windowed(
 ) -> tuple[Array, NeuralMemoryState]:
     """Streams and packed documents, where every window begins with a chunk."""
     from pallas_kernels.neural_memory import mosaic_gpu
+    from pallas_kernels.neural_memory.gpu_gates import Gates
     from pallas_kernels.neural_memory.gpu_plan import Course
 
     start = select(windows.starts_document[0], fresh, state)
@@ -83,7 +84,7 @@ def _windowed(
     q, k, v, *gates = map(windows.gather, tokens)
     used, first = (x.swapaxes(0, 1)[:, None] for x in (windows.used, windows.first))
     out, weights, momentum, networks = mosaic_gpu.neural_memory(
-        q, k, v, coefficients(*_by_chunk(gates, used.shape[-1]), used=used, first=first),
+        q, k, v, Gates(*_by_chunk(gates, used.shape[-1]), used=used, first=first),
         start.weights, start.momentum, Course(last + 1, renews, fresh.weights),
         activation=name_of(activate),
     )  # fmt: skip
