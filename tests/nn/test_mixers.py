@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import nnx
 
@@ -15,6 +16,7 @@ from lcattn.nn import (
     SoftmaxAttentionConfig,
     SoftplusAttentionConfig,
 )
+from lcattn.nn.layers import rms_norm
 from lcattn.nn.mixer import default_positions
 
 WIDTH = 32
@@ -35,6 +37,17 @@ def test_state_sizes():
     assert linear.state_bytes(100, "bfloat16") == linear.state_bytes(100)  # float32 all the same
     convolution = make(ShortConvolutionConfig(kernel_size=3))
     assert convolution.state_bytes(100) == 2 * (2 * WIDTH) * 4
+
+
+def test_rms_norms_are_those_of_flax():
+    ours = rms_norm(WIDTH, dtype="float32", rngs=nnx.Rngs(0))
+    theirs = nnx.RMSNorm(WIDTH, epsilon=1e-5, rngs=nnx.Rngs(0))
+    assert jax.tree.map(jnp.shape, nnx.to_pure_dict(nnx.state(ours))) == {"scale": (WIDTH,)}
+    scale = jax.random.normal(jax.random.key(0), (WIDTH,))
+    for norm in (ours, theirs):
+        nnx.update(norm, {"scale": scale})
+    x = 3 * jax.random.normal(jax.random.key(1), (2, 5, WIDTH))
+    np.testing.assert_allclose(ours(x), theirs(x), rtol=1e-6)
 
 
 def test_unnormalised_outputs_get_a_norm_by_default():
