@@ -1,6 +1,5 @@
 """Other libraries' implementations, where they are installed."""
 
-import functools
 import importlib
 import importlib.util
 from types import ModuleType
@@ -14,8 +13,9 @@ def softmax_attention(*, window: int | None) -> dict[str, Implementation]:
     """Peers for exact causal attention."""
     found: dict[str, Implementation] = {}
     if (tokamax := _installed("tokamax")) and window is None and jax.default_backend() != "cpu":
-        attend = functools.partial(tokamax.dot_product_attention, is_causal=True)
-        found["tokamax"] = Implementation(attend)
+        found["tokamax"] = Implementation(
+            lambda q, k, v: tokamax.dot_product_attention(q, k, v, is_causal=True)
+        )
     if (torch := _cuda_torch()) and window is None:
         sdpa = torch.nn.functional.scaled_dot_product_attention
 

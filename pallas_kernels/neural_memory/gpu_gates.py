@@ -16,7 +16,7 @@ from W_0 and S_0, and slots without a token, which change nothing.
 A lane has a column j, a warpgroup two chunks. b, f and m are the same in all lanes of a chunk, and
 each computes them. The gradient's kernel goes that way first, to have P and G before every token in
 shared memory, and then back. Floor: traffic of G, or its gradient, in float32: 33 MB, 0.01 ms for
-4 x 8192 tokens of 4 heads.
+4 x 8192 tokens of 4 heads; reached on an H200: 0.013 and 0.059 ms.
 """
 
 import functools

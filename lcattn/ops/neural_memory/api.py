@@ -117,10 +117,10 @@ def neural_memory(
       return_state: also return the state after the last token (of the last document).
       implementation: "mosaic_gpu" or "mosaic_tpu" (chunks, state on the chip; see
         `pallas_kernels`), "xla" (chunks), "reference" (token by token), or None: on one Hopper GPU
-        "mosaic_gpu" from 2048 tokens on, for F = 64 without `segment_ids` and `initial_state`; else
-        "xla". By name it serves one or two layers, F = H of 64 or 128, up to 4 H hidden units,
-        bfloat16 and C = 64. Only "xla" and "reference" have forward-mode and second derivatives:
-        kernels have a backward pass of their own, and calls that need more have to name a form.
+        "mosaic_gpu" from 300 tokens on, where it serves the call, else "xla". It serves one or two
+        layers, F = H of 64 or 128, up to 4 H hidden units, bfloat16 and C = 64. Only "xla" and
+        "reference" have forward-mode and second derivatives: kernels have a backward pass of their
+        own, and calls that need more have to name a form.
 
     Returns:
       `[B,T,N,H]`, or that and the final state.
