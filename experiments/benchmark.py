@@ -206,9 +206,15 @@ def report(results: Mapping[str, Any]) -> Report:
         f"beyond {results['tolerance']:g} a result is WRONG and not timed.",
     ]
     for kind in dict.fromkeys(row["pass"] for row in rows):
-        blocks.append(_times_table(results["op"], kind, [r for r in rows if r["pass"] == kind]))
+        blocks.append(_times_table(_title(results), kind, [r for r in rows if r["pass"] == kind]))
     blocks += comparisons(results)
-    return Report(title=f"Benchmark of {results['op']}", blocks=[*blocks, *_plots(rows)])
+    return Report(title=f"Benchmark of {_title(results)}", blocks=[*blocks, *_plots(rows)])
+
+
+def _title(results: Mapping[str, Any]) -> str:
+    """The op, with its feature map if it has several."""
+    feature_map = results["operation"].get("feature_map")
+    return results["op"] + (f", {feature_map}" if feature_map else "")
 
 
 def comparisons(results: Mapping[str, Any]) -> list[Table]:
@@ -217,7 +223,7 @@ def comparisons(results: Mapping[str, Any]) -> list[Table]:
     tables = [beside(rows, baselines)] if baselines else []
     if crossovers := list(_crossovers(rows, baselines)):
         header = ("pass", "from about T", "is faster", "than")
-        tables.append(Table(title=f"{results['op']}: crossovers", header=header, rows=crossovers))
+        tables.append(Table(title=f"{_title(results)}: crossovers", header=header, rows=crossovers))
     return tables
 
 
@@ -229,7 +235,7 @@ def longest(results: Mapping[str, Any]) -> list[list[Any]]:
             last[row["implementation"], row["pass"]] = row
     return [
         [
-            results["op"], name, kind, row["length"], row["device_ms"] or row["ms"]["median"],
+            _title(results), name, kind, row["length"], row["device_ms"] or row["ms"]["median"],
             f"{100 * row['floor_share']:.0f} %", show_bytes(row["temp_bytes"] or 0),
         ]
         for (name, kind), row in last.items()
