@@ -92,7 +92,8 @@ def projection(
 class RMSNorm(nnx.Module):
     """`x / rms(x) * scale` over the last axis, multiplied in this order.
 
-    XLA then makes one kernel for a GPU. Of `x * (scale / rms(x))`, as Flax has it, it makes two.
+    XLA then makes one kernel for a GPU, which reads x once. Of `x * (scale / rms(x))`, as Flax has
+    it, it makes two or three: a step of BASED has 73 norms, each of a few microseconds.
     """
 
     def __init__(self, size: int, *, epsilon: float, dtype: jnp.dtype, rngs: nnx.Rngs):

@@ -125,7 +125,12 @@ def on_hopper() -> bool:
 
 def no_hopper() -> str | None:
     """The `absence` of kernels for Hopper GPUs."""
-    return None if on_hopper() else "needs a Hopper GPU (compute capability 9.0)"
+    return _wide() if on_hopper() else "needs a Hopper GPU (compute capability 9.0)"
+
+
+def _wide() -> str | None:
+    """The absence of the 32-bit types that kernels, and their gradients, are traced in."""
+    return "needs jax_enable_x64 to be off" if jax.config.jax_enable_x64 else None
 
 
 def on_one_device() -> bool:
@@ -146,4 +151,4 @@ def no_grid(rows: int) -> str | None:
 
 def no_tpu() -> str | None:
     """The `absence` of kernels for TPUs."""
-    return None if default_platform() == "tpu" else "needs a TPU"
+    return _wide() if default_platform() == "tpu" else "needs a TPU"

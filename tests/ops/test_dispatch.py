@@ -80,6 +80,23 @@ def test_inside_shard_map_kernels_run_only_when_named(chosen, name):
 
 
 @pytest.mark.parametrize("name", KERNELS)
+def test_with_64_bits_xla_serves_every_call(chosen, name):
+    """Kernels are traced with indices of 32 bits, and so are their gradients, later."""
+    op, T, _ = KERNELS[name]
+    with jax.enable_x64(True):
+        assert chosen(op, heads(1, T)) == "xla"
+
+
+@pytest.mark.parametrize(("platform", "name"), [("gpu", "mosaic_gpu"), ("tpu", "mosaic_tpu")])
+def test_a_named_kernel_says_that_64_bits_are_too_many(monkeypatch, platform, name):
+    monkeypatch.setattr(dispatch, "default_platform", lambda: platform)
+    monkeypatch.setattr(dispatch, "on_hopper", lambda: platform == "gpu")
+    q = jnp.zeros((1, 256, 1, 64), jnp.bfloat16)
+    with jax.enable_x64(True), pytest.raises(ValueError, match=f"'{name}' needs jax_enable_x64 to"):
+        ops.linear_attention(q, q, q, feature_map="elu", implementation=name)
+
+
+@pytest.mark.parametrize("name", KERNELS)
 def test_explicit_axes_of_one_device_are_no_hindrance(chosen, name):
     op, T, _ = KERNELS[name]
     mesh = jax.make_mesh((1,), ("data",), devices=jax.devices()[:1])
