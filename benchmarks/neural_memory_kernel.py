@@ -4,11 +4,11 @@
 
 Of every shape, the output and all gradients, those of gates and network too, are compared with the
 XLA form in float64 on fresh random inputs, after filling the memory that outputs are allocated from
-with NaN; a second call has to repeat the first bit by bit. Then forward, and forward and backward,
-are timed: the sum of the kernels of one call (CUPTI, median of 9), and the wall time of a call with
-its host work (median of 30). With projections, a call starts from tokens of that width, as the
-mixer does: one projection makes queries, keys and values, of norm 1, another the gates, and answers
-are projected back.
+with NaN; the record names what a second call did not repeat bit by bit. Then forward, and forward
+and backward, are timed: the sum of the kernels of one call (CUPTI, median of 9), and the wall time
+of a call with its host work (median of 30). With projections, a call starts from tokens of that
+width, as the mixer does: one projection makes queries, keys and values, of norm 1, another the
+gates, and answers are projected back.
 """
 
 import argparse
@@ -167,12 +167,13 @@ class Case:
         chain = CHAIN * self.T / CHUNK
         return max(3 * work, 3 * traffic, 2 * chain) if backward else max(work, traffic, chain)
 
-    def errors(self, ours, reference) -> tuple[dict[str, float], bool]:
-        """Relative RMS errors of output and gradients, and whether a second call gives the same."""
+    def errors(self, ours, reference) -> tuple[dict[str, float], list[str]]:
+        """Relative RMS errors of output and gradients, and which of them a second call changes."""
         arrays = self.inputs(seed=time.time_ns() % 2**31)
         kernels.poison()
         got, again = (jax.tree.leaves(ours(*arrays)) for _ in range(2))
-        same = all(bool((a == b).all()) for a, b in zip(got, again, strict=True))
+        both = zip(self.names, got, again, strict=True)
+        changed = [name for name, a, b in both if not bool((a == b).all())]
         with jax.enable_x64(True):
             want = reference(*jax.tree.map(lambda x: x.astype(jnp.float64), arrays))
         pairs = (
@@ -180,17 +181,17 @@ class Case:
             for pair in zip(got, jax.tree.leaves(want), strict=True)
         )
         errors = (float(np.linalg.norm(a - b) / np.linalg.norm(b)) for a, b in pairs)
-        return dict(zip(self.names, errors, strict=True)), same
+        return dict(zip(self.names, errors, strict=True)), changed
 
     def measure(self, programs: dict[Any, Future]) -> dict[str, Any]:
         """One row of the record."""
         ours, reference = (
             programs[key].result() for key in (("mosaic_gpu", "forward_backward"), "reference")
         )
-        errors, same = self.errors(ours, reference)
+        errors, changed = self.errors(ours, reference)
         row: dict[str, Any] = {
             "case": self.name, **dataclasses.asdict(self), "errors": errors,
-            "repeats_exactly": same,
+            "repeats_exactly": not changed, "changed": changed,
         }  # fmt: skip
         arrays = self.inputs(seed=0)
         for form in FORMS:

@@ -13,9 +13,9 @@ Rows may hold documents, laid out in windows of 64 slots. Where one begins, a wa
 network in place of its state; rows with fewer windows walk fewer (`gpu_plan.Course`).
 
 On an H200, 4 x 8192 tokens of 4 heads with 256 hidden units, projections of tokens of width 384
-included, take 0.83 ms forward, of it 0.58 for the walk and 0.14 to read, and 2.77 ms forward and
-backward: walks 0.70 and 0.75, to read 0.15 and 0.45, tokens 0.21, gates 0.07, and 0.43 ms in XLA.
-XLA's form takes 6.5 and 24.4 ms. About 0.08 ms of each walk are fences (`gpu_plan.Exchange`).
+included, take 0.83 ms forward, of it 0.58 for the walk and 0.15 to read, and 2.78 ms forward and
+backward: walks 0.71 and 0.74, to read 0.15 and 0.45, tokens 0.21, gates 0.07, and 0.44 ms in XLA.
+XLA's form takes 6.6 and 24.3 ms. About 0.08 ms of each walk are fences (`gpu_plan.Exchange`).
 
 What the walk leaves is kept for the gradient, 4 H F + 4 C F + C H bfloat16 numbers a chunk and
 memory. Operands of products are bfloat16, and so are what is kept and its gradients; network,

@@ -126,7 +126,7 @@ def objection(
 def pays(*, sizes: Sizes, **call) -> bool:
     """Whether the kernels are the better choice where they can serve, as an H200 found.
 
-    There they were at least twice as fast: keys of 64 and 128, one layer and two, one document a
+    There they took at most half the time: keys of 64 and 128, one layer and two, one document a
     row and several. Streams go on as packed documents do, after a window of XLA's.
     """
     del call
