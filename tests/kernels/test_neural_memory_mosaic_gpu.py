@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lcattn.ops import NeuralMemoryState, checks, dispatch, neural_memory
+from lcattn.ops import NeuralMemoryState, dispatch, neural_memory
 from lcattn.ops.neural_memory.coefficients import coefficients
 from pallas_kernels.neural_memory import gpu_activations, gpu_gates, mosaic_gpu
 from pallas_kernels.neural_memory.gpu_plan import Plan
@@ -183,16 +183,22 @@ def test_the_op_says_what_the_kernels_need():
 
 
 def test_what_was_timed_takes_the_kernels_unasked(monkeypatch):
+    taken = []
+
+    def choose(op, name, **call):
+        taken.append(dispatch.best(op, **call))
+        return dispatch.OPS[op]["xla"].run
+
     monkeypatch.setattr(dispatch, "on_hopper", lambda: True)
+    monkeypatch.setattr(dispatch, "choose", choose)
 
     def chosen(devices=1, *, T=300, F=64, packed=False, continued=False, dtype=jnp.bfloat16):
         monkeypatch.setattr(jax, "device_count", lambda: devices)
-        return dispatch.best(
-            "neural_memory", sizes=checks.Sizes(B=1, T=T, S=T, N=1, K=1, F=F, H=F),
-            dtype=jnp.dtype(dtype),
-            weights=[jnp.zeros((1, F, F))], chunk=64, activation="gelu",
-            packed=packed, continued=continued,
-        )  # fmt: skip
+        arrays = inputs(1, T, 1, 1, (), F, dtype)
+        ids = jnp.zeros((1, T), jnp.int32) if packed else None
+        state = under_way(arrays) if continued else None
+        jax.eval_shape(functools.partial(run, None, ids), arrays, state)
+        return taken.pop()
 
     kernels = [chosen(), chosen(F=128), chosen(packed=True), chosen(continued=True)]
     assert kernels == ["mosaic_gpu"] * 4

@@ -142,7 +142,6 @@ def neural_memory(
     run = dispatch.choose(
         "neural_memory", implementation, sizes=sizes, dtype=q.dtype, weights=weights,
         chunk=int(chunk_size), activation=activation,
-        packed=segment_ids is not None, continued=initial_state is not None,
     )  # fmt: skip
 
     heads, keys, values = recurrence.group_by_state(q, k, v, states)
