@@ -36,6 +36,7 @@ from pallas_kernels.neural_memory.gpu_plan import (
     Exchange,
     Plan,
     anew,
+    finish_loads,
     follow,
     load,
     load_float32,
@@ -198,6 +199,7 @@ def pull(
                 plgpu.barrier_arrive(ready.pulled)
                 bend = lax.optimization_barrier((load(bend) * d_error).astype(jnp.bfloat16))
                 d_weights, d_momentum = share.pull(state, load(tile.d_w1), load(tile.d_s1))
+                finish_loads()
                 pl.when(i + 1 < length)(lambda: prefetch(c - 1, tile))
                 plgpu.barrier_wait(arrivals.both.at[slot])
                 a2, b2 = (x.transpose((1, 0)) for x in (tile.a2, tile.b2))
@@ -208,8 +210,8 @@ def pull(
                 d_inputs = sum_parts(d_inputs, 1)
                 plgpu.barrier_wait(arrivals.hidden)
                 d_inputs = load(slope) * (d_inputs + load(tile.hidden)) + bend.astype(jnp.float32)
-                pl.when(i + 1 < length)(lambda: prefetch_slopes(c - 1, tile))
                 put([tile.hidden], [d_inputs])
+                pl.when(i + 1 < length)(lambda: prefetch_slopes(c - 1, tile))
                 send_first(part, (tile.hidden, of_hidden(out, c)))
                 d_weights = products.accumulate(d_weights, keys.transpose((1, 0)), tile.hidden)
                 plgpu.wait_smem_to_gmem(1, wait_read_only=True)  # the states have left
@@ -254,6 +256,7 @@ def pull(
                 d_error = -weigh(share, *products.products((x2, tile.a2), (x2, tile.b2)))
                 plgpu.barrier_wait(arrivals.second)
                 d_weights, d_momentum = share.pull(state, load(tile.d_w2), load(tile.d_s2))
+                finish_loads()
                 pl.when(i + 1 < length)(lambda: prefetch(c - 1, tile))
                 plgpu.barrier_wait(ready.pulled)
                 d_error = products.accumulate(d_error, tile.pulled, w2)

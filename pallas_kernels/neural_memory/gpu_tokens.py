@@ -16,7 +16,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.neural_memory.gpu_plan import Course, Plan, anew, load, shared
+from pallas_kernels.neural_memory.gpu_plan import Course, Plan, anew, finish_loads, load, shared
 from pallas_kernels.neural_memory.gpu_pull import Pulled
 from pallas_kernels.neural_memory.gpu_walk import Memories, Shares, send
 from pallas_kernels.tiles import ALONG_ROWS, TILE, over_columns, zeros
@@ -74,6 +74,7 @@ def token_gradients(
                 for x, y in pair:
                     d_decays[i] += (load(x) * load(y)).sum(axis=1)
                     d_decays[i] = lax.optimization_barrier(d_decays[i])
+            finish_loads()
             return d_keys, d_written, d_pending, *d_decays
 
         def columns(rows):
