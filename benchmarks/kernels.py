@@ -152,6 +152,21 @@ def poison() -> None:
     jnp.full((2**28,), jnp.nan, jnp.float32).block_until_ready().delete()
 
 
+def changes(first: Any, run: Callable[[], Any], names: Sequence[str], calls: int) -> dict[str, int]:
+    """In how many of so many calls outputs differ from those of a first one, in any number.
+
+    What goes wrong now and then, by less than an error shows, shows here.
+    """
+    arrays = jax.tree.leaves(first)
+    counts = np.sum([_differ(arrays, jax.tree.leaves(run())) for _ in range(calls)], axis=0)
+    return {name: int(count) for name, count in zip(names, counts, strict=True) if count}
+
+
+@jax.jit
+def _differ(first: list[jax.Array], second: list[jax.Array]) -> jax.Array:
+    return jnp.stack([(a != b).any() for a, b in zip(first, second, strict=True)])
+
+
 def times(compiled, *arrays, quick: bool = False) -> dict:
     """Milliseconds: the longest kernels of a call, all of them, the call; and its megabytes.
 

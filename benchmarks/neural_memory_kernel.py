@@ -30,7 +30,7 @@ from lcattn.ops import neural_memory
 
 CHUNK = 64
 CALLS = 50
-"""After the first, and compared with it: what goes wrong now and then shows in some of them."""
+"""That are compared with the first."""
 FORMS = ("mosaic_gpu", "xla")
 PASSES = {"forward": False, "forward_backward": True}
 CHAIN = 1.2e-6
@@ -173,14 +173,13 @@ class Case:
         """Relative RMS errors of output and gradients, and how many later calls change which."""
         arrays = self.inputs(seed=time.time_ns() % 2**31)
         kernels.poison()
-        got = jax.tree.leaves(ours(*arrays))
-        counts = np.sum([_differ(got, jax.tree.leaves(ours(*arrays))) for _ in range(CALLS)], 0)
-        changed = {name: int(n) for name, n in zip(self.names, counts, strict=True) if n}
+        got = ours(*arrays)
+        changed = kernels.changes(got, lambda: ours(*arrays), self.names, CALLS)
         with jax.enable_x64(True):
             want = reference(*jax.tree.map(lambda x: x.astype(jnp.float64), arrays))
         pairs = (
             [np.asarray(x, np.float64) for x in pair]
-            for pair in zip(got, jax.tree.leaves(want), strict=True)
+            for pair in zip(*map(jax.tree.leaves, (got, want)), strict=True)
         )
         errors = (float(np.linalg.norm(a - b) / np.linalg.norm(b)) for a, b in pairs)
         return dict(zip(self.names, errors, strict=True)), changed
@@ -207,12 +206,6 @@ class Case:
             times["floor_ms"] = 1e3 * self.floor(backward=PASSES[which])
             times["floor_share"] = times["floor_ms"] / times["kernel_ms"]
         return row
-
-
-@jax.jit
-def _differ(first: list[jax.Array], second: list[jax.Array]) -> jax.Array:
-    """Which of some arrays do, in any number."""
-    return jnp.stack([(a != b).any() for a, b in zip(first, second, strict=True)])
 
 
 def unit(x: jax.Array) -> jax.Array:
