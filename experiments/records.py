@@ -133,12 +133,13 @@ def kernels() -> str:
             "device's clock moved between the two, the sum may exceed the call."
             + (f" {record['note']}" if "note" in record else "")
             + _checked(record)
+            + _outcome(record["rows"])
             + _age(record, path.stem.removesuffix("_kernel"))
         )
     parts += [
         _growth(load(path)) for path in sorted(RECORDS.glob("*/linear_attention_growth.json"))
     ]
-    return "\n\n".join([*parts, _mechanisms(), _compiled_for_tpus()])
+    return "\n\n".join([*parts, _mechanisms(), repeated(), _compiled_for_tpus()])
 
 
 def _checked(record: Mapping[str, Any]) -> str:
@@ -148,6 +149,44 @@ def _checked(record: Mapping[str, Any]) -> str:
         return ""
     checked = "; ".join(f"{case}: {error:.1e}" for case, error in errors.items())
     return f" Compared, but not timed: {checked}."
+
+
+def _outcome(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Whether later calls gave the same bits as a first, if a record's rows say so."""
+    calls = [row["later_calls"] for row in rows if "later_calls" in row]
+    if not calls:
+        return ""
+    changed = [
+        f"{row['case']}: " + ", ".join(f"{name} in {n}" for name, n in row["changed"].items())
+        for row in rows if row.get("changed")
+    ]  # fmt: skip
+    return f" Of at least {min(calls)} later calls of a shape " + (
+        "none changed a bit." if not changed else f"some changed bits of {'; '.join(changed)}."
+    )
+
+
+def repeated() -> str:
+    """Which kernels gave the same bits in every call."""
+    parts = []
+    for path in sorted(RECORDS.glob("*/repeats.json")):
+        record = load(path)
+        rows: dict[str, list[dict[str, Any]]] = {}
+        for row in record["rows"]:
+            rows.setdefault(row["kernel"], []).append(row)
+        table = Table(
+            title=f"The same call again, output and gradients, on one {record['device']}",
+            header=("kernel", "shapes", "later calls", "shapes with a changed bit", "failed"),
+            rows=[
+                (
+                    f"`{kernel}`", len(of), sum(row.get("later_calls", 0) for row in of),
+                    sum(bool(row.get("changed")) for row in of), sum("error" in row for row in of),
+                )
+                for kernel, of in rows.items()
+            ],
+        )  # fmt: skip
+        said = f"`{record['command']}`, jax {record['jax']}." + _age(record, *rows)
+        parts += [table.markdown(), said]
+    return "\n\n".join(parts)
 
 
 def _mechanisms() -> str:
