@@ -168,8 +168,8 @@ def finish_loads() -> None:
     """Waits until registers hold what was loaded, before a copy overwrites the tile it came from.
 
     A barrier orders loads before stores that come after it, but not before copies, which go another
-    way: where many arrive at once loads are held up, until a copy that was started later overtakes
-    them. On an H200, up to one call of ten of `gpu_pull` read a few rows of the chunk to come, and
+    way and can overtake loads that have begun: seen on an H200 where a walk starts and many copies
+    arrive at once. Up to one call of ten of `gpu_pull` got a few rows of the chunk to come, and
     none of 3500 with this.
     """
     plgpu.commit_smem()
